@@ -1,0 +1,106 @@
+"""What a run will take, before it starts: time, memory and disk."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from makeweight.errors import UserError
+from makeweight.methods.weight.sde import Sde
+from makeweight.numerics.flops import block_flops, matmul_rate, step_flops
+from makeweight.plan import Plan
+from makeweight.recipe import Recipe
+
+if TYPE_CHECKING:
+    from makeweight.models.checkpoint import Checkpoint
+
+EFFICIENCY = 0.5
+"""Share of the matrix-product rate that learning reaches (benchmarks/step.py)."""
+BASE_BYTES = 700e6
+"""Python, torch and transformers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """Seconds of solving, peak bytes of memory, bytes on disk."""
+
+    seconds: float
+    memory_bytes: float
+    disk_bytes: float
+    blocks: int
+
+    def sentence(self) -> str:
+        """Say it in one line."""
+        minutes = self.seconds / 60
+        span = f"{minutes:.0f} minutes" if minutes >= 2 else f"{self.seconds:.0f} seconds"
+        return (
+            f"Solving {self.blocks} blocks will take about {span}, {self.memory_bytes / 1e9:.1f} GB of memory "
+            f"and {self.disk_bytes / 1e9:.2f} GB on disk."
+        )
+
+
+def estimate(plan: Plan, recipe: Recipe, ckpt: Checkpoint, blocks: range, device: torch.device) -> Estimate:
+    """Estimate a run from shapes, and time from this machine's own matrix-product rate, measured in a moment.
+
+    Raises UserError where the disk cannot hold the result.
+    """
+    shapes = {index: list(ckpt.linear_shapes(index).values()) for index in range(ckpt.n_blocks)}
+    disk = _disk(recipe, ckpt, shapes, blocks)
+    parent = next(path for path in Path(recipe.out).expanduser().absolute().parents if path.exists())
+    if (free := shutil.disk_usage(parent).free) < disk:
+        raise UserError(
+            f"{recipe.out} needs {disk / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB: free some space."
+        )
+    largest = max(shapes.values(), key=lambda found: sum(math.prod(shape) for shape in found))
+    memory = BASE_BYTES + _resident(ckpt)
+    seconds = ckpt.stored_bytes() / 200e6
+    if plan.learns:
+        memory += _learning(plan, recipe, ckpt, largest)
+        rate = matmul_rate(device) * EFFICIENCY
+        seconds += sum(_block_work(plan, recipe, ckpt, shapes[index]) for index in blocks) / rate
+    return Estimate(seconds=seconds, memory_bytes=memory, disk_bytes=disk, blocks=len(blocks))
+
+
+def _disk(recipe: Recipe, ckpt: Checkpoint, shapes: dict[int, list[tuple[int, int]]], blocks: range) -> float:
+    """Return bytes of the result: what is stored, with the chosen blocks' linears at their new width."""
+    scheme = recipe.scheme
+    saved = 0.0
+    for index in blocks:
+        for rows, columns in shapes[index]:
+            group = columns if scheme.group_size == -1 else scheme.group_size
+            saved += rows * columns * (ckpt.dtype.itemsize - (scheme.bits + (16 + scheme.bits) / group) / 8)
+    return ckpt.stored_bytes() - saved
+
+
+def _resident(ckpt: Checkpoint) -> float:
+    """Return bytes of what stays in memory: everything outside the blocks."""
+    inside = f"{ckpt.spec.blocks}."
+    sizes = (math.prod(shape) for name, shape in ckpt.parameters().items() if not name.startswith(inside))
+    return sum(sizes) * ckpt.dtype.itemsize
+
+
+def _learning(plan: Plan, recipe: Recipe, ckpt: Checkpoint, shapes: Sequence[tuple[int, int]]) -> float:
+    """Return bytes of streams, the blocks in memory, a chain with its gradients, and one batch's activations."""
+    config, calib, tune = ckpt.config.get_text_config(), recipe.calib, recipe.tune
+    weights = sum(math.prod(shape) for shape in shapes)
+    ahead = len(plan.loss.weights()) - 1
+    streams = (3 + ahead) * calib.nsamples * calib.seqlen * config.hidden_size * 2
+    factors = sum((rows + columns) * min(rows, columns) for rows, columns in shapes) * 2
+    chain = weights * (4 * 6) + (factors if any(isinstance(step, Sde) for step in plan.maps) else 0)
+    activations = 34 * tune.batch_size * calib.seqlen * config.hidden_size * 2 * (1 + ahead)
+    return streams + (1 + ahead) * weights * 2 + chain + activations
+
+
+def _block_work(plan: Plan, recipe: Recipe, ckpt: Checkpoint, shapes: Sequence[tuple[int, int]]) -> float:
+    """Return operations of one block: its steps, and the two streams' forward passes."""
+    hidden, calib, tune = ckpt.config.get_text_config().hidden_size, recipe.calib, recipe.tune
+    band = any(isinstance(step, Sde) for step in plan.maps)
+    ahead = len(plan.loss.weights()) - 1
+    steps = tune.steps * step_flops(shapes, hidden, tune.batch_size, calib.seqlen, ahead=ahead, band=band)
+    return steps + 2 / 3 * block_flops(shapes, hidden, calib.nsamples, calib.seqlen)

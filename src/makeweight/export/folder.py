@@ -1,0 +1,132 @@
+"""The output folder: one shard per block, each whole or absent, so that a run can die at any instant.
+
+While a run is under way the folder holds its marker and the finished shards; config.json, without which nothing
+loads it, comes last. A marker that names another run keeps the folder safe from this one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from makeweight.errors import UserError
+
+MARKER = "makeweight.json"
+INDEX = "model.safetensors.index.json"
+
+
+class Folder:
+    """An output folder claimed by one run, known by the hash of all that decides its bytes."""
+
+    def __init__(self, path: Path, shards: int) -> None:
+        self.path, self.shards = path, shards
+
+    @classmethod
+    def claim(cls, path: str | Path, *, identity: str, shards: int) -> Folder:
+        """Take a new or empty folder, or go on with one that the same run began.
+
+        Raises UserError where the folder holds anything else.
+        """
+        folder = cls(Path(path).expanduser(), shards)
+        found = folder.marker()
+        if found is None:
+            if folder.path.exists() and (not folder.path.is_dir() or any(folder.path.iterdir())):
+                raise UserError(f"{folder.path} already holds something else: give a new or an empty folder as --out.")
+            folder.path.mkdir(parents=True, exist_ok=True)
+            folder._write_json(MARKER, {"identity": identity, "done": False})
+        elif found.get("identity") != identity:
+            raise UserError(
+                f"{folder.path} belongs to a run with another recipe or model: give another --out, or delete it."
+            )
+        return folder
+
+    def marker(self) -> dict[str, Any] | None:
+        """Return what the folder's marker says, or None where there is none."""
+        try:
+            found = json.loads((self.path / MARKER).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return found if isinstance(found, dict) else None
+
+    @property
+    def done(self) -> bool:
+        """Whether everything has been written."""
+        return bool((self.marker() or {}).get("done"))
+
+    def shard(self, index: int) -> Path:
+        """Return the path of a shard; 0 holds what lies outside the blocks, i + 1 block i."""
+        return self.path / f"model-{index + 1:05d}-of-{self.shards:05d}.safetensors"
+
+    def write(self, index: int, tensors: Mapping[str, Tensor], report: Mapping[str, Any]) -> None:
+        """Write a shard with a JSON report in its metadata; it appears whole or not at all."""
+        from safetensors.torch import save_file
+
+        part = self.shard(index).with_suffix(".part")
+        metadata = {"format": "pt", "makeweight": json.dumps(report, sort_keys=True)}
+        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, part, metadata=metadata)
+        _settle(part, self.shard(index))
+
+    def report(self, index: int) -> dict[str, Any] | None:
+        """Return the report of a finished shard, or None where it has not been written."""
+        from safetensors import safe_open
+
+        if not self.shard(index).is_file():
+            return None
+        with safe_open(self.shard(index), framework="pt") as handle:
+            return json.loads((handle.metadata() or {})["makeweight"])
+
+    def read(self, index: int) -> dict[str, Tensor]:
+        """Return the tensors of a finished shard."""
+        from safetensors.torch import load_file
+
+        return load_file(self.shard(index))
+
+    def finish(self, config: Mapping[str, Any], side_files: list[Path], texts: Mapping[str, str]) -> None:
+        """Write the index, copy side files, write other texts, then config.json, and mark the folder done."""
+        from safetensors import safe_open
+
+        weight_map: dict[str, str] = {}
+        for index in range(self.shards):
+            with safe_open(self.shard(index), framework="pt") as handle:
+                weight_map |= dict.fromkeys(handle.keys(), self.shard(index).name)
+        size = sum(self.shard(index).stat().st_size for index in range(self.shards))
+        self._write_json(INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
+        for file in side_files:
+            shutil.copyfile(file, self.path / file.name)
+        for name, text in texts.items():
+            self.write_text(name, text)
+        self._write_json("config.json", config)
+        self._write_json(MARKER, {**(self.marker() or {}), "done": True})
+
+    def size(self) -> int:
+        """Return the bytes of all shards."""
+        return sum(self.shard(index).stat().st_size for index in range(self.shards))
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a text file; it appears whole or not at all."""
+        part = self.path / f"{name}.part"
+        part.write_text(text, encoding="utf-8")
+        _settle(part, self.path / name)
+
+    def _write_json(self, name: str, value: Mapping[str, Any]) -> None:
+        self.write_text(name, json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def _settle(part: Path, final: Path) -> None:
+    """Bring a file to the disk, then to its name: after a power cut it is whole or absent."""
+    with part.open("rb") as stream:
+        os.fsync(stream.fileno())
+    part.chmod(0o666 & ~_umask())  # safetensors makes its files private
+    part.replace(final)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

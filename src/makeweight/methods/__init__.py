@@ -1,0 +1,1 @@
+"""How a network is changed: folder = stage = order of execution, file = one idea."""

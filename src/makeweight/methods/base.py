@@ -1,0 +1,126 @@
+"""The types every method is made of: a state of weights, maps over it, and the steps that build the maps."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from makeweight.numerics.qtensor import QTensor
+from makeweight.numerics.scheme import Scheme
+
+State = dict[str, Tensor]
+"""The weights (O, I) of one block by linear name, fp32 until they meet their grid."""
+
+
+class Stage(IntEnum):
+    """When a step acts; the order is the order of execution, whatever the user typed."""
+
+    WEIGHT = 1
+    GRID = 2
+    LOSS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """What a step may know when it builds its map: the scheme, and the dtypes of scales and of the forward."""
+
+    scheme: Scheme
+    scale_dtype: torch.dtype
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Learnables:
+    """Parameters that share a learning rate, under the name that reports and overrides use."""
+
+    name: str
+    params: tuple[nn.Parameter, ...]
+    rate: float
+
+
+class Map(nn.Module, ABC):
+    """One differentiable change of a block's weights; owns what it learns, and is the identity before learning."""
+
+    @abstractmethod
+    def forward(self, state: State) -> State:
+        """Return the changed weights, same names and shapes."""
+
+    def learnables(self) -> Iterator[Learnables]:
+        """Yield what the optimiser may move."""
+        yield from ()
+
+    def constrain(self) -> None:
+        """Pull the learnables back into their allowed set; called without gradient after every optimiser step."""
+
+    def report(self) -> Mapping[str, float]:
+        """Return numbers worth keeping once learning has ended."""
+        return {}
+
+
+class Grid(Map):
+    """The last map of a chain: weights to the values a grid can hold, in the forward's dtype."""
+
+    @abstractmethod
+    def codes(self, state: State) -> dict[str, QTensor]:
+        """Return the integer codes whose dequantization equals `forward(state)` bit for bit."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step(ABC):
+    """A method's keyword-only configuration."""
+
+    stage: ClassVar[Stage]
+
+    def conflicts(self, others: tuple[Step, ...]) -> str | None:
+        """Return why this step cannot stand beside the others, as a clause, or None where it can."""
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MapStep(Step):
+    """A step that changes weights."""
+
+    @abstractmethod
+    def build(self, state: State, context: Context) -> Map:
+        """Build the map for one block from its weights, at the identity."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridStep(Step):
+    """A step that brings weights to a grid."""
+
+    stage: ClassVar[Stage] = Stage.GRID
+
+    @abstractmethod
+    def build(self, state: State, context: Context) -> Grid:
+        """Build the grid for one block from the weights that reach it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossStep(Step):
+    """A step that says where, and how heavily, a block's error is judged."""
+
+    stage: ClassVar[Stage] = Stage.LOSS
+
+    @abstractmethod
+    def weights(self) -> tuple[float, ...]:
+        """Return the weight of the error after the block itself and after each block that follows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A row of the zoo: the step it stands for, one line of what it does, and where it comes from."""
+
+    step: Step
+    summary: str
+    source: str
+    stage: Stage = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stage", self.step.stage)

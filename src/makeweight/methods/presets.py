@@ -1,0 +1,22 @@
+"""The zoo on one screen: every name a method string may use."""
+
+from __future__ import annotations
+
+from makeweight.methods.base import Method
+from makeweight.methods.grid.clip import Lwc, Rtn
+from makeweight.methods.loss.cross_layer import CrossLayer
+from makeweight.methods.weight.sde import Sde
+
+PRESETS: dict[str, Method] = {
+    "rtn": Method(step=Rtn(), summary="round to nearest, nothing learned", source="baseline"),
+    "lwc": Method(
+        step=Lwc(), summary="learnable clipping of every group's range", source="arXiv 2308.13137 (OmniQuant)"
+    ),
+    "lsi": Method(
+        step=Sde(band=0), summary="learnable singular values (sde with band 0)", source="arXiv 2406.16299 (LSI)"
+    ),
+    "sde": Method(step=Sde(), summary="learnable band around the singular-value core", source="arXiv 2407.15508"),
+    "cl": Method(
+        step=CrossLayer(), summary="judge a block's error two blocks later as well", source="arXiv 2407.15508"
+    ),
+}

@@ -1,0 +1,1 @@
+"""One matrix to one matrix, before it meets its grid."""

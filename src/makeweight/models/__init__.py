@@ -1,0 +1,1 @@
+"""What a network is: one `ModelSpec` literal per family, and checkpoints read block by block."""

@@ -1,0 +1,76 @@
+"""Opens a model wherever it is: a Hugging Face folder, a name on the hub, or a GGUF file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from makeweight.errors import UserError
+from makeweight.models import gguf, packed
+from makeweight.models.checkpoint import Checkpoint
+from makeweight.models.shards import first_line, read_json
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+_HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+
+
+def open_checkpoint(model: str | Path, *, trust_remote_code: bool = False) -> Checkpoint:
+    """Open a model for reading block by block.
+
+    `model` is a folder with config.json and safetensors, a hub name, or a .gguf file. Code that comes with a model
+    runs only with `trust_remote_code`. Raises `UserError` for everything that cannot be read.
+    """
+    path, name = locate(model, code=trust_remote_code)
+    if path.is_file():
+        path = gguf.to_folder(path)
+    if not (path / "config.json").is_file():
+        raise UserError(f"{path} has no config.json: give a Hugging Face model folder, a hub name or a .gguf file.")
+    raw = read_json(path / "config.json")
+    bits = packed.declared_bits(raw["quantization_config"], str(path)) if raw.get("quantization_config") else ()
+    config = _config(path, trust_remote_code)
+    return Checkpoint(path, config, name=name, bits=bits, trust_remote_code=trust_remote_code)
+
+
+def locate(model: str | Path, *, code: bool = False) -> tuple[Path, str]:
+    """Return where a model lies on this disk, fetching it from the hub if need be, and its short name."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path, path.resolve().name
+    if path.is_file():
+        return path, path.stem
+    text = str(model)
+    if isinstance(model, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1 or path.suffix == ".gguf":
+        raise UserError(f"{text} does not exist: give a model folder, a hub name or a .gguf file.")
+    return _from_hub(text, code), text
+
+
+def _from_hub(name: str, code: bool) -> Path:
+    from huggingface_hub import snapshot_download
+
+    files = [*_HUB_FILES, "*.py"] if code else _HUB_FILES
+    try:
+        # Files of one model only: folders inside a repository hold other copies of the same weights.
+        return Path(snapshot_download(name, allow_patterns=files, ignore_patterns=["*/*"]))
+    # The hub's own errors and those of whatever network library it uses share no base class.
+    except Exception as error:
+        raise UserError(
+            f"{name} is neither a folder here nor a model that the hub gives ({first_line(error)}): "
+            "check the name and the network, or give a local folder."
+        ) from error
+
+
+def _config(path: Path, trust_remote_code: bool) -> PretrainedConfig:
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
+    except (ValueError, OSError, KeyError, ImportError) as error:
+        raise UserError(
+            f"{path}/config.json names no model that transformers can build ({first_line(error)}): "
+            "use a supported model, or trust its own code with trust_remote_code."
+        ) from error
+    if hasattr(config, "quantization_config"):
+        delattr(config, "quantization_config")  # the weights are decoded as they are read
+    return config

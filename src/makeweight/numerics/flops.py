@@ -1,0 +1,59 @@
+"""How many operations a step takes, and how many this machine does per second.
+
+A multiply-add counts as two operations. P weights of a block, T tokens, D hidden.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+
+import torch
+
+
+def block_flops(shapes: Iterable[tuple[int, int]], hidden: int, batch: int, seqlen: int) -> float:
+    """Operations of a block's forward and backward: 6 P T for its linears, 12 D T^2 per sequence for attention."""
+    weights = sum(rows * columns for rows, columns in shapes)
+    return 6.0 * weights * batch * seqlen + 12.0 * hidden * seqlen**2 * batch
+
+
+def band_flops(shapes: Iterable[tuple[int, int]]) -> float:
+    """Operations of U B V^T and of U^T G, once per step: 4 m r n per linear, r = min(m, n)."""
+    return sum(4.0 * rows * columns * min(rows, columns) for rows, columns in shapes)
+
+
+def step_flops(
+    shapes: Iterable[tuple[int, int]], hidden: int, batch: int, seqlen: int, *, ahead: int = 0, band: bool = False
+) -> float:
+    """Operations of one optimiser step; a frozen block ahead costs forward and input gradient, 4/6 of a trained one."""
+    shapes = list(shapes)
+    return block_flops(shapes, hidden, batch, seqlen) * (1 + ahead * 4 / 6) + (band_flops(shapes) if band else 0.0)
+
+
+def matmul_rate(
+    device: torch.device | str = "cpu",
+    *,
+    rows: int = 2048,
+    size: int = 1024,
+    seconds: float = 0.3,
+    dtype: torch.dtype = torch.bfloat16,
+) -> float:
+    """Measure the matrix-product rate in operations per second: (rows, size) times (size, size), best of several."""
+    left = torch.randn(rows, size, device=device).to(dtype)
+    right = torch.randn(size, size, device=device).to(dtype)
+    best, end = float("inf"), time.perf_counter() + seconds
+    for _ in range(3):
+        left @ right
+    while time.perf_counter() < end:
+        _wait(left.device)
+        start = time.perf_counter()
+        for _ in range(4):
+            left @ right
+        _wait(left.device)
+        best = min(best, (time.perf_counter() - start) / 4)
+    return 2.0 * rows * size * size / best
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

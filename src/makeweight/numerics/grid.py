@@ -1,0 +1,139 @@
+"""The uniform integer grid: ranges to scales, weights to codes, and rounding that gradients pass through.
+
+Shapes: O out, I in, G groups per row, S inputs per group (I = G * S). Codes and zero-points are signed, in
+[-2**(b-1), 2**(b-1) - 1], the convention of compressed-tensors, whose rounding this equals bit for bit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from makeweight.numerics.scheme import Scheme
+
+
+def grouped(weight_OI: Tensor, group: int) -> Tensor:
+    """View a matrix as groups of inputs that share a scale, shape (O, G, S)."""
+    return weight_OI.unflatten(1, (-1, group))
+
+
+def ranges(weight_OGS: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the smallest and largest weight of every group with zero inside, each (O, G)."""
+    low_OG, high_OG = torch.aminmax(weight_OGS, dim=-1)
+    return low_OG.clamp(max=0), high_OG.clamp(min=0)
+
+
+def qparams(low_OG: Tensor, high_OG: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Turn ranges with low <= 0 <= high into scales and integer zero-points, both (O, G) in the ranges' dtype.
+
+    Scales are rounded to values that `scale_dtype` holds.
+    A group of zeros, or one whose scale is too small for `scale_dtype`, gets that dtype's epsilon as its scale.
+    """
+    steps = scheme.qmax - scheme.qmin
+    if scheme.symmetric:
+        raw_OG = torch.maximum(-low_OG, high_OG) / (steps / 2)
+        zero_OG = torch.zeros_like(raw_OG)
+    else:
+        raw_OG = (high_OG - low_OG) / steps
+        zero_OG = (scheme.qmin - low_OG / raw_OG).nan_to_num(nan=0.0).clamp(scheme.qmin, scheme.qmax).round()
+    scale_OG = raw_OG.to(scale_dtype)
+    scale_OG = torch.where(scale_OG == 0, torch.finfo(scale_dtype).eps, scale_OG)
+    return scale_OG.to(raw_OG.dtype), zero_OG
+
+
+def to_codes(weight_OGS: Tensor, scale_OG: Tensor, zero_OG: Tensor, scheme: Scheme) -> Tensor:
+    """Round weights to signed codes, kept in the weights' float dtype, shape (O, G, S)."""
+    codes_OGS = weight_OGS / scale_OG.unsqueeze(-1)
+    return codes_OGS.add_(zero_OG.unsqueeze(-1)).round_().clamp_(scheme.qmin, scheme.qmax)
+
+
+def from_codes(codes_OGS: Tensor, scale_OG: Tensor, zero_OG: Tensor) -> Tensor:
+    """Return the weights that codes stand for: (code - zero) * scale, shape (O, G, S)."""
+    return (codes_OGS - zero_OG.unsqueeze(-1)) * scale_OG.unsqueeze(-1)
+
+
+class _ClippedGrid(torch.autograd.Function):
+    """Fake quantization with learned clipping in closed form: few passes over the weight, nothing big kept.
+
+    Only the weight itself and (O, G) tensors are saved; the codes are recomputed in backward.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weight_OI: Tensor,
+        low_factor_OG: Tensor,
+        high_factor_OG: Tensor,
+        scheme: Scheme,
+        group: int,
+        scale_dtype: torch.dtype,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        weight_OGS = grouped(weight_OI, group)
+        low_OG, high_OG = ranges(weight_OGS)
+        scale_OG, zero_OG = qparams(low_OG * low_factor_OG, high_OG * high_factor_OG, scheme, scale_dtype)
+        codes_OGS = to_codes(weight_OGS, scale_OG, zero_OG, scheme)
+        codes_OGS.sub_(zero_OG.unsqueeze(-1)).mul_(scale_OG.unsqueeze(-1))
+        ctx.save_for_backward(weight_OI, low_factor_OG, high_factor_OG, low_OG, high_OG, scale_OG, zero_OG)
+        ctx.scheme, ctx.group = scheme, group
+        return codes_OGS.flatten(1).to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        weight_OI, low_factor_OG, high_factor_OG, low_OG, high_OG, scale_OG, zero_OG = ctx.saved_tensors
+        scheme: Scheme = ctx.scheme
+        weight_OGS = grouped(weight_OI, ctx.group)
+        grad_OGS = grouped(grads[0].to(weight_OI.dtype, copy=True), ctx.group)
+        slope_OGS, outside_OGS = _scale_slope(weight_OGS, scale_OG, zero_OG, scheme)
+        grad_scale_OG = slope_OGS.mul_(grad_OGS).sum(-1)
+        low_slope_OG, high_slope_OG = _range_slopes(low_OG * low_factor_OG, high_OG * high_factor_OG, scheme)
+        grad_low_OG, grad_high_OG = low_slope_OG * grad_scale_OG, high_slope_OG * grad_scale_OG
+        grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_OGS.masked_fill_(outside_OGS, 0)
+            # The ends of a range move with the weights that set them.
+            for end_OG, pull_OG in ((low_OG, grad_low_OG * low_factor_OG), (high_OG, grad_high_OG * high_factor_OG)):
+                sets_OGS = (weight_OGS == end_OG.unsqueeze(-1)).to(weight_OI.dtype)
+                share_OG = pull_OG / sets_OGS.sum(-1).clamp_(min=1)
+                grad_OGS.addcmul_(sets_OGS, share_OG.unsqueeze(-1))
+            grad_weight = grad_OGS.flatten(1)
+        return grad_weight, grad_low_OG * low_OG, grad_high_OG * high_OG, None, None, None, None
+
+
+def _scale_slope(weight_OGS: Tensor, scale_OG: Tensor, zero_OG: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """Return d w_hat / d scale (the rounding residual inside the range, its end outside) and what lies outside."""
+    scaled_OGS = weight_OGS / scale_OG.unsqueeze(-1)
+    codes_OGS = torch.add(scaled_OGS, zero_OG.unsqueeze(-1)).round_()
+    outside_OGS = (codes_OGS < scheme.qmin).logical_or_(codes_OGS > scheme.qmax)
+    slope_OGS = codes_OGS.clamp_(scheme.qmin, scheme.qmax).sub_(zero_OG.unsqueeze(-1))
+    return slope_OGS.sub_(scaled_OGS.masked_fill_(outside_OGS, 0)), outside_OGS
+
+
+def _range_slopes(low_OG: Tensor, high_OG: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """Return d scale / d low and d scale / d high."""
+    steps = scheme.qmax - scheme.qmin
+    if not scheme.symmetric:
+        return torch.full_like(low_OG, -1 / steps), torch.full_like(high_OG, 1 / steps)
+    low_rules = (-low_OG > high_OG).to(low_OG.dtype)
+    return -2 / steps * low_rules, 2 / steps * (1 - low_rules)
+
+
+def clipped_grid(
+    weight_OI: Tensor,
+    low_factor_OG: Tensor,
+    high_factor_OG: Tensor,
+    scheme: Scheme,
+    *,
+    scale_dtype: torch.dtype,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Fake-quantize a matrix whose group ranges are shrunk by learned factors, shape (O, I) in `dtype`.
+
+    Rounding is straight-through, clipped weights get no gradient, the zero-point none; ranges follow the weight
+    (OmniQuant, arXiv 2308.13137, section 3.2). The ends of the range that the zero-point is rounded from are
+    treated as fixed, as OmniQuant does.
+    """
+    group = weight_OI.shape[1] // low_factor_OG.shape[1]
+    return _ClippedGrid.apply(weight_OI, low_factor_OG, high_factor_OG, scheme, group, scale_dtype, dtype)  # pyright: ignore[reportReturnType]

@@ -1,0 +1,33 @@
+"""The process's own memory: how much it took, and how it asks for it."""
+
+from __future__ import annotations
+
+import ctypes
+import resource
+import sys
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+_LARGEST_MMAP_THRESHOLD = 32 * 2**20
+"""glibc refuses more than half of its largest heap."""
+
+
+def keep_freed_memory() -> None:
+    """Ask glibc to reuse freed buffers instead of handing them back and fetching zeroed pages again.
+
+    Every optimiser step frees and takes the same few megabytes per weight; without this a good part of its
+    element-wise time is spent in the kernel (benchmarks/step.py measures it). Does nothing on other systems.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):  # another libc
+        return
+    mallopt(_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
+    mallopt(_TRIM_THRESHOLD, 2**30)
+
+
+def peak_memory() -> int:
+    """Return the largest resident size of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,84 @@
+"""What a weight may become: bits, grouping, symmetry and the dtype of its scales.
+
+Torch is not imported here, so that a scheme can be read before anything heavy is loaded.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from makeweight.errors import UserError
+
+ScaleDtype = Literal["auto", "bfloat16", "float16", "float32"]
+MIN_BITS, MAX_BITS = 2, 8
+_PATTERN = re.compile(r"w(?P<bits>\d+)(?:a(?P<act>\d+))?(?:g(?P<group>-?\d+))?(?:_(?P<sym>sym|asym))?", re.IGNORECASE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheme:
+    """Integer weights of `bits` bits on a uniform grid, one scale per `group_size` inputs of a row.
+
+    `group_size` -1 means one scale per output channel. Activations stay at 16 bit. A `scale_dtype` of
+    "auto" stores scales in the model's own dtype (float16 where that is float32).
+    """
+
+    bits: int = 4
+    group_size: int = 128
+    symmetric: bool = False
+    scale_dtype: ScaleDtype = "auto"
+
+    def __post_init__(self) -> None:
+        if not MIN_BITS <= self.bits <= MAX_BITS:
+            raise UserError(f"bits={self.bits} is not supported: choose {MIN_BITS} to {MAX_BITS}.")
+        if self.group_size != -1 and self.group_size < 1:
+            raise UserError(
+                f"group size {self.group_size} is not possible: give 1 or more, or -1 for one scale per channel."
+            )
+        if self.scale_dtype not in ("auto", "bfloat16", "float16", "float32"):
+            raise UserError(f"scale dtype {self.scale_dtype!r} is unknown: choose auto, bfloat16, float16 or float32.")
+
+    @classmethod
+    def parse(cls, text: str, *, scale_dtype: ScaleDtype = "auto") -> Scheme:
+        """Read the field's shorthand, in any case: `W4A16` (per channel), `W3A16g64`, `w2a16g64_sym`."""
+        match = _PATTERN.fullmatch(text.strip())
+        if match is None:
+            raise UserError(f"scheme {text!r} is not understood: write it like W3A16g64, W4A16 or W4A16g128_sym.")
+        if match["act"] not in (None, "16"):
+            raise UserError(
+                f"scheme {text!r} asks for {match['act']}-bit activations: only A16 (16-bit activations) is supported."
+            )
+        group = int(match["group"]) if match["group"] else -1
+        return cls(
+            bits=int(match["bits"]),
+            group_size=group,
+            symmetric=(match["sym"] or "").lower() == "sym",
+            scale_dtype=scale_dtype,
+        )
+
+    def __str__(self) -> str:
+        group = "" if self.group_size == -1 else f"g{self.group_size}"
+        return f"W{self.bits}A16{group}{'_sym' if self.symmetric else ''}"
+
+    @property
+    def qmin(self) -> int:
+        """Smallest signed code."""
+        return -(2 ** (self.bits - 1))
+
+    @property
+    def qmax(self) -> int:
+        """Largest signed code."""
+        return 2 ** (self.bits - 1) - 1
+
+    def group_of(self, width: int, name: str) -> int:
+        """Return how many inputs share a scale in a matrix with `width` inputs, or refuse with the sizes that fit."""
+        if self.group_size == -1:
+            return width
+        if width % self.group_size:
+            fits = [size for size in (16, 32, 48, 64, 96, 128, 192, 256, 512) if width % size == 0]
+            raise UserError(
+                f"group size {self.group_size} does not divide the {width} inputs of {name}: "
+                f"use one of {', '.join(map(str, fits)) or 'none'}, or -1 for one scale per channel."
+            )
+        return self.group_size

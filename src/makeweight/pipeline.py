@@ -1,0 +1,251 @@
+"""The whole story of a run: open, check, walk the blocks, write each as it is done, evaluate what was written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from makeweight import __version__
+from makeweight.calib.capture import find_device
+from makeweight.calib.data import calibration_tokens, evaluation_texts
+from makeweight.estimate import Estimate, estimate
+from makeweight.evals.perplexity import Perplexity, evaluate
+from makeweight.export import compressed_tensors
+from makeweight.export.folder import Folder
+from makeweight.methods.base import Context
+from makeweight.models import packed
+from makeweight.models.checkpoint import Checkpoint
+from makeweight.models.load import open_checkpoint
+from makeweight.numerics.memory import keep_freed_memory, peak_memory
+from makeweight.numerics.qtensor import QTensor
+from makeweight.plan import Plan, check, compose
+from makeweight.recipe import Eval, Recipe
+from makeweight.report import progress
+from makeweight.report.record import FILE, Cost, Record, recipe_data
+from makeweight.sweep.run import Solver, Sweep
+
+
+def quantize(recipe: Recipe) -> Record:
+    """Quantize a model as the recipe says and return the record that is written beside it.
+
+    The same recipe goes on where an earlier run of it stopped, and a finished one is not run again. Raises UserError,
+    before anything is written, for whatever cannot work.
+    """
+    keep_freed_memory()
+    job = Job.prepare(recipe)
+    folder = Folder.claim(recipe.out, identity=job.identity(), shards=job.ckpt.n_blocks + 1)
+    if folder.done:
+        return Record.load(folder.path)
+    print(job.estimate.sentence(), file=sys.stderr)
+    start = time.perf_counter()
+    job.solve(folder)
+    solve_seconds = time.perf_counter() - start
+    folder.finish(job.config(), job.ckpt.side_files(), {"recipe.json": recipe.to_json()})
+    return job.record(folder, solve_seconds)
+
+
+def preflight(recipe: Recipe) -> str:
+    """Check everything that `quantize` checks, and say what the run would take."""
+    return Job.prepare(recipe).estimate.sentence()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A checked recipe and what it was checked against."""
+
+    recipe: Recipe
+    ckpt: Checkpoint
+    plan: Plan
+    blocks: range
+    device: torch.device
+    estimate: Estimate
+    tokens_NT: torch.Tensor | None
+
+    @classmethod
+    def prepare(cls, recipe: Recipe) -> Job:
+        """Open the model and the texts and refuse whatever cannot work; nothing is written."""
+        plan = compose(recipe.method, options=recipe.options, rates=recipe.tune.rates)
+        device = find_device(recipe.tune.device)
+        ckpt = open_checkpoint(recipe.model, trust_remote_code=recipe.trust_remote_code)
+        blocks = check(plan, recipe, ckpt)
+        tokenizer = ckpt.tokenizer()
+        evaluation_texts(tokenizer, recipe.eval.datasets, seqlen=recipe.eval.seqlen, windows=recipe.eval.windows)
+        tokens_NT = None
+        if plan.learns:
+            calib = recipe.calib
+            tokens_NT = calibration_tokens(
+                tokenizer, calib.dataset, nsamples=calib.nsamples, seqlen=calib.seqlen, seed=recipe.seed
+            )
+        return cls(
+            recipe=recipe,
+            ckpt=ckpt,
+            plan=plan,
+            blocks=blocks,
+            device=device,
+            tokens_NT=tokens_NT,
+            estimate=estimate(plan, recipe, ckpt, blocks, device),
+        )
+
+    def identity(self) -> str:
+        """Return a hash of all that decides the bytes of the weights."""
+        data = recipe_data(self.recipe)
+        for name in ("model", "out", "eval", "trust_remote_code"):
+            del data[name]
+        text = json.dumps([data, self.ckpt.fingerprint(), __version__], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def solver(self) -> Solver:
+        """Return what solves one block."""
+        recipe, stored = self.recipe, self.ckpt.dtype
+        named = recipe.scheme.scale_dtype
+        automatic = torch.float16 if stored == torch.float32 else stored
+        return Solver(
+            maps=self.plan.maps,
+            grid=self.plan.grid,
+            judge_weights=self.plan.loss.weights(),
+            tune=recipe.tune,
+            seed=recipe.seed,
+            context=Context(
+                scheme=recipe.scheme,
+                dtype=getattr(torch, recipe.tune.dtype),
+                scale_dtype=automatic if named == "auto" else getattr(torch, named),
+            ),
+        )
+
+    def solve(self, folder: Folder) -> None:
+        """Write every shard that is missing."""
+        if folder.report(0) is None:
+            folder.write(0, dict(self.ckpt.rest()), {})
+        solver = self.solver()
+        sweep = None
+        if self.tokens_NT is not None and any(folder.report(i + 1) is None for i in self.blocks):
+            sweep = Sweep(self.ckpt, solver, self.tokens_NT, self.device)
+        steps = self.recipe.tune.steps if sweep else 0
+        with progress.bars(self.ckpt.n_blocks, steps) as bars:
+            for index in range(self.ckpt.n_blocks):
+                done = folder.report(index + 1)
+                if index not in self.blocks:
+                    if done is None:
+                        folder.write(index + 1, self._stored(index), {})
+                    if sweep and index < self.blocks.stop:
+                        sweep.pass_on(index, None)
+                elif done is not None:
+                    if sweep:
+                        sweep.pass_on(index, self._read_back(folder, index))
+                else:
+                    codes, report = sweep.solve(index, bars.step) if sweep else self._round(solver, index)
+                    self._commit(folder, index, codes, report)
+                bars.block()
+
+    def _round(self, solver: Solver, index: int) -> tuple[dict[str, QTensor], dict[str, Any]]:
+        """Solve a block with nothing to learn."""
+        state = self.ckpt.block_state(index, torch.float32)
+        linears = {name: state[f"{name}.weight"] for name in self.ckpt.linears()}
+        return solver.round(linears)[1], {}
+
+    def _stored(self, index: int) -> dict[str, torch.Tensor]:
+        """Return a block's tensors under their names in the file, bit for bit."""
+        names = self.ckpt.block_names(index)
+        return {names[name]: tensor for name, tensor in self.ckpt.block_state(index).items()}
+
+    def _commit(self, folder: Folder, index: int, codes: dict[str, QTensor], report: dict[str, Any]) -> None:
+        """Write a block's shard, read it back, and compare what it decodes to with what was solved."""
+        names, tensors = self.ckpt.block_names(index), self._stored(index)
+        for name, tensor in codes.items():
+            stored = names[f"{name}.weight"]
+            del tensors[stored]
+            tensors |= compressed_tensors.pack(stored.removesuffix(".weight"), tensor)
+        digest = {name: tensor.digest() for name, tensor in codes.items()}
+        bits = {name: [tensor.bits_per_weight(), tensor.codes_OI.numel()] for name, tensor in codes.items()}
+        folder.write(index + 1, tensors, {**report, "digest": digest, "bits": bits})
+        for name, weight in self._read_back(folder, index).items():
+            if not torch.equal(weight, codes[name].dequantize(weight.dtype).cpu()):
+                folder.shard(index + 1).unlink()
+                raise RuntimeError(f"{name} of block {index} reads back differently from {folder.shard(index + 1)}")
+
+    def _read_back(self, folder: Folder, index: int) -> dict[str, torch.Tensor]:
+        """Decode a finished shard's quantized weights into the forward's dtype."""
+        tensors, names = folder.read(index + 1), self.ckpt.block_names(index)
+        dtype = getattr(torch, self.recipe.tune.dtype)
+        weights = {}
+        for name in self.ckpt.linears():
+            linear = names[f"{name}.weight"].removesuffix(".weight")
+            parts = {part: tensors[f"{linear}.{part}"] for part in packed.PARTS if f"{linear}.{part}" in tensors}
+            weights[name] = packed.decode(parts, (self.recipe.scheme.bits,), linear).to(dtype)
+        return weights
+
+    def config(self) -> dict[str, Any]:
+        """Return config.json: the model's own, with the quantization described."""
+        config = json.loads((self.ckpt.path / "config.json").read_text(encoding="utf-8"))
+        solved = {f"{self.ckpt.block_module_path(i)}.{name}" for i in self.blocks for name in self.ckpt.linears()}
+        ignore = [name for name in self.ckpt.all_linears() if name not in solved]
+        config["quantization_config"] = compressed_tensors.quantization_config(self.recipe.scheme, ignore)
+        return config
+
+    def record(self, folder: Folder, solve_seconds: float) -> Record:
+        """Evaluate the written folder and write the record."""
+        start, recipe = time.perf_counter(), self.recipe
+        perplexities = measure(str(folder.path), recipe.eval, recipe.tune.device, "evaluating the result")
+        baselines = (
+            measure(str(self.ckpt.path), recipe.eval, recipe.tune.device, "evaluating the original")
+            if recipe.eval.baseline
+            else ()
+        )
+        reports = tuple({"block": i, **(folder.report(i + 1) or {})} for i in self.blocks)
+        digest = hashlib.sha256(json.dumps([r["digest"] for r in reports], sort_keys=True).encode()).hexdigest()
+        sizes = [size for report in reports for size in report["bits"].values()]
+        weights = sum(count for _, count in sizes)
+        record = Record(
+            recipe=recipe_data(recipe),
+            path=str(folder.path),
+            digest=digest,
+            bits_per_weight=sum(bits * count for bits, count in sizes) / weights,
+            file_bytes=folder.size(),
+            source_bytes=self.ckpt.stored_bytes(),
+            perplexities=perplexities,
+            baselines=baselines,
+            blocks=reports,
+            machine=machine(self.device),
+            cost=Cost(
+                solve_seconds=solve_seconds,
+                evaluate_seconds=time.perf_counter() - start,
+                peak_memory_bytes=peak_memory(),
+                peak_gpu_bytes=torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0,
+            ),
+        )
+        folder.write_text(FILE, record.to_json())
+        return record
+
+
+def measure(model: str, wanted: Eval, device: str, title: str) -> tuple[Perplexity, ...]:
+    """Evaluate a folder on the data sets that a recipe names, under a progress bar."""
+    if not wanted.datasets:
+        return ()
+    with progress.bar(title) as advance:
+        results = evaluate(
+            model,
+            datasets=wanted.datasets,
+            seqlen=wanted.seqlen,
+            windows=wanted.windows,
+            device=device,
+            progress=advance,
+        )
+    return tuple(results)
+
+
+def machine(device: torch.device) -> dict[str, str]:
+    """Describe what a run ran on."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {
+        "device": f"{device.type}: {name}",
+        "threads": str(torch.get_num_threads()),
+        "torch": torch.__version__,
+        "makeweight": __version__,
+    }

@@ -1,0 +1,127 @@
+"""From "a+b+c" to steps by stage, and every reason why a run cannot work, before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
+
+from makeweight.errors import UserError, did_you_mean
+from makeweight.methods.base import GridStep, LossStep, MapStep, Step
+from makeweight.methods.grid.clip import Rtn
+from makeweight.methods.loss.cross_layer import Mse
+from makeweight.methods.presets import PRESETS
+from makeweight.recipe import Option, Recipe
+
+if TYPE_CHECKING:
+    from makeweight.models.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a method string stands for, in order of execution."""
+
+    names: tuple[str, ...]
+    maps: tuple[MapStep, ...]
+    grid: GridStep
+    loss: LossStep
+
+    @property
+    def learns(self) -> bool:
+        """Whether anything is learned, and so calibration text and streams are needed."""
+        return bool(self.maps) or not isinstance(self.grid, Rtn)
+
+
+def compose(
+    method: str, *, options: Mapping[str, Mapping[str, Option]] | None = None, rates: Mapping[str, float] | None = None
+) -> Plan:
+    """Read a method string such as "lwc+sde+cl", in any order of its parts.
+
+    `options` replaces settings by method name, `rates` learning rates. Raises UserError for an unknown name or
+    setting, a repeated part, and parts that cannot stand together.
+    """
+    names = [part.strip().lower() for part in method.split("+")]
+    for name in names:
+        if name not in PRESETS:
+            raise UserError(
+                f"method {name!r} is unknown{did_you_mean(name, PRESETS)}: choose among {', '.join(PRESETS)}."
+            )
+    if repeated := {name for name in names if names.count(name) > 1}:
+        raise UserError(f"method {method!r} names {min(repeated)} twice: name each part once.")
+    changes: dict[str, dict[str, Any]] = {name: dict(given) for name, given in (options or {}).items()}
+    for name, rate in (rates or {}).items():
+        changes.setdefault(name, {})["rate"] = rate
+    for name in changes:
+        if name not in names:
+            raise UserError(
+                f"a setting is given for {name!r}, which is not part of {method!r}: add it or leave it out."
+            )
+    steps = {name: _configured(name, PRESETS[name].step, changes.get(name, {})) for name in names}
+    names.sort(key=lambda name: PRESETS[name].stage)
+    return _plan(method, {name: steps[name] for name in names})
+
+
+def _configured(name: str, step: Step, changes: Mapping[str, Any]) -> Step:
+    known = {item.name: getattr(step, item.name) for item in fields(step)}
+    for key, value in changes.items():
+        if key not in known:
+            raise UserError(
+                f"{name} has no setting {key!r}{did_you_mean(key, known)}: it has {', '.join(known) or 'none'}."
+            )
+        kind = type(known[key])
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            raise UserError(f"{name}.{key}={value!r} is not possible: give a value like {known[key]!r}.")
+    return replace(step, **changes)
+
+
+def _plan(method: str, steps: Mapping[str, Step]) -> Plan:
+    grids = {name: step for name, step in steps.items() if isinstance(step, GridStep)}
+    losses = {name: step for name, step in steps.items() if isinstance(step, LossStep)}
+    for kind, found in (("ways to the grid", grids), ("losses", losses)):
+        if len(found) > 1:
+            raise UserError(f"method {method!r} names {len(found)} {kind} ({', '.join(found)}): keep one of them.")
+    for step in steps.values():
+        others = tuple(other for other in steps.values() if other is not step)
+        if (reason := step.conflicts(others)) is not None:
+            raise UserError(f"method {method!r} cannot work: {reason}.")
+    plan = Plan(
+        names=tuple(steps),
+        maps=tuple(step for step in steps.values() if isinstance(step, MapStep)),
+        grid=next(iter(grids.values()), Rtn()),
+        loss=next(iter(losses.values()), Mse()),
+    )
+    if losses and not plan.learns:
+        raise UserError(
+            f"method {method!r} learns nothing, so {min(losses)} has nothing to judge: add lwc or sde to it."
+        )
+    return plan
+
+
+def chosen_blocks(recipe: Recipe, n_blocks: int) -> range:
+    """Return which blocks are quantized; raises UserError for a range outside the model."""
+    first, end = recipe.blocks or (0, n_blocks)
+    if end > n_blocks:
+        raise UserError(f"blocks {first}:{end} do not exist: {recipe.model} has blocks 0:{n_blocks}.")
+    return range(first, end)
+
+
+def check(plan: Plan, recipe: Recipe, ckpt: Checkpoint) -> range:
+    """Refuse whatever cannot work with this model, in a sentence, and return the blocks to quantize."""
+    blocks = chosen_blocks(recipe, ckpt.n_blocks)
+    for index in blocks:
+        for name, (_, width) in ckpt.linear_shapes(index).items():
+            recipe.scheme.group_of(width, f"{ckpt.block_module_path(index)}.{name}")
+    limit = getattr(ckpt.config.get_text_config(), "max_position_embeddings", None)
+    if plan.learns and isinstance(limit, int) and recipe.calib.seqlen > limit:
+        raise UserError(
+            f"seqlen {recipe.calib.seqlen} is longer than the {limit} positions of {ckpt.name}: give {limit} or less."
+        )
+    return blocks
+
+
+def fits(description: Mapping[str, Any]) -> dict[str, str | None]:
+    """Return for every method why a described model cannot use it, or None where it can.
+
+    The methods so far change one matrix at a time and need nothing from the model but its linears.
+    """
+    return dict.fromkeys(PRESETS)

@@ -1,0 +1,80 @@
+"""What a run leaves behind besides the model: what was asked, what it gave, what it cost. JSON both ways."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from makeweight.evals.perplexity import Perplexity
+from makeweight.recipe import Recipe
+
+FILE = "record.json"
+BROKEN, POOR = 2.0, 1.2
+"""Ratios of perplexities above which a model is called broken, or noticeably worse."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Seconds of solving and of evaluating, and the peak resident memory of the process (GPU: of its allocator)."""
+
+    solve_seconds: float
+    evaluate_seconds: float
+    peak_memory_bytes: int
+    peak_gpu_bytes: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """One finished run."""
+
+    recipe: dict[str, Any]
+    path: str
+    digest: str
+    bits_per_weight: float
+    file_bytes: int
+    source_bytes: int
+    perplexities: tuple[Perplexity, ...]
+    baselines: tuple[Perplexity, ...]
+    blocks: tuple[Mapping[str, Any], ...]
+    cost: Cost
+    machine: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def method(self) -> str:
+        """Return the method string of the recipe."""
+        return str(self.recipe["method"])
+
+    def verdict(self) -> str:
+        """Say in plain words what the model lost; empty where nothing was measured against the original."""
+        before = {result.dataset: result for result in self.baselines}
+        pairs = [(result, before[result.dataset]) for result in self.perplexities if result.dataset in before]
+        if not pairs:
+            return ""
+        worst, original = max(pairs, key=lambda pair: pair[0].perplexity / pair[1].perplexity)
+        ratio = worst.perplexity / original.perplexity
+        where = f"perplexity on {worst.dataset} went from {original.perplexity:.2f} to {worst.perplexity:.2f}"
+        if not ratio < BROKEN:
+            return f"This model is broken: {where}. Use more bits, smaller groups or a stronger method."
+        if ratio > POOR:
+            return f"This model is noticeably worse than the original: {where}."
+        return f"This model stays close to the original: {where}."
+
+    def to_json(self) -> str:
+        """Return the record as indented JSON with sorted keys."""
+        return json.dumps(asdict(self), indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Record:
+        """Read the record of a finished folder."""
+        data = json.loads((Path(folder) / FILE).read_text(encoding="utf-8"))
+        for name in ("perplexities", "baselines"):
+            data[name] = tuple(Perplexity(**item) for item in data[name])
+        return cls(**{**data, "blocks": tuple(data["blocks"]), "cost": Cost(**data["cost"])})
+
+
+def recipe_data(recipe: Recipe) -> dict[str, Any]:
+    """Return a recipe as plain data."""
+    return json.loads(recipe.to_json())

@@ -1,0 +1,56 @@
+"""Tables for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from makeweight.evals.perplexity import Perplexity
+from makeweight.report.record import Record
+
+
+def show(record: Record, console: Console | None = None) -> None:
+    """Print what one run gave, and in plain words what the model lost."""
+    console = console or Console()
+    compare([record], console)
+    console.print(f"Written to {record.path}", markup=False)
+
+
+def compare(records: Sequence[Record], console: Console | None = None) -> None:
+    """Print runs of one model side by side, the original first where a run measured it."""
+    console = console or Console()
+    baselines = next((record.baselines for record in records if record.baselines), ())
+    names = [result.dataset for result in (baselines or records[0].perplexities)]
+    table = Table(box=box.SIMPLE_HEAD)
+    for column in ("", *(f"ppl {_short(name)}" for name in names), "bits/weight", "file MB", "seconds", "peak MB"):
+        table.add_column(column, justify="right" if column else "left", overflow="fold")
+    if baselines:
+        size = f"{records[0].source_bytes / 1e6:.1f}"
+        table.add_row("original", *_cells(baselines, names), "16", size, "", "")
+    for record in records:
+        table.add_row(
+            f"{record.method}",
+            *_cells(record.perplexities, names),
+            f"{record.bits_per_weight:.2f}",
+            f"{record.file_bytes / 1e6:.1f}",
+            f"{record.cost.solve_seconds:.0f}",
+            f"{max(record.cost.peak_memory_bytes, record.cost.peak_gpu_bytes) / 1e6:.0f}",
+        )
+    console.print(table)
+    if verdict := records[-1].verdict():
+        console.print(verdict, markup=False)
+
+
+def _cells(results: Sequence[Perplexity], names: Sequence[str]) -> list[str]:
+    found = {result.dataset: f"{result.perplexity:.2f}" for result in results}
+    return [found.get(name, "-") for name in names]
+
+
+def _short(name: str) -> str:
+    """Shorten a path to what tells it apart: its folder and its name."""
+    path = Path(name)
+    return f"{path.parent.name}/{path.stem}" if path.parent.name else name

@@ -1,0 +1,159 @@
+"""The one optimiser loop: learn a chain so that a block's outputs, here and some blocks later, stay what they were.
+
+Shapes: N samples, B batch, T tokens, D hidden.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from makeweight.errors import UserError
+from makeweight.numerics.errors import token_error
+from makeweight.sweep.block import Block
+from makeweight.sweep.chain import Chain
+
+MAX_HALVINGS = 3
+FINAL_RATE = 0.05
+"""Share of the learning rate that the cosine schedule ends with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judge:
+    """The blocks a loss looks at and what each weighs: the block itself first, then those that follow."""
+
+    blocks: tuple[Block, ...]
+    weights: tuple[float, ...]
+    device: torch.device
+
+    def errors(self, chain_weights: dict[str, Tensor], hidden_BTD: Tensor, targets: Sequence[Tensor]) -> list[Tensor]:
+        """Return the relative error after each judged block, scalars in fp32."""
+        errors = []
+        for k, (block, target_BTD) in enumerate(zip(self.blocks, targets, strict=True)):
+            hidden_BTD = block(hidden_BTD, chain_weights if k == 0 else None)
+            errors.append(token_error(hidden_BTD, target_BTD.to(self.device)))
+        return errors
+
+    def loss(self, errors: Sequence[Tensor]) -> Tensor:
+        """Return the weighted mean of the errors."""
+        weighted = [w * e for w, e in zip(self.weights, errors, strict=True)]
+        return torch.stack(weighted).sum() / sum(self.weights)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitReport:
+    """What learning did to one block; errors are relative, on samples held out of training."""
+
+    error_before: float
+    error_after: float
+    best_step: int
+    halvings: int
+
+
+class Fit:
+    """One block's learning: batches, schedule, checks on held-out samples, best state, rollback."""
+
+    def __init__(
+        self,
+        chain: Chain,
+        judge: Judge,
+        hidden_NTD: Tensor,
+        targets: Sequence[Tensor],
+        *,
+        steps: int,
+        batch_size: int,
+        checks: int,
+        seed: int,
+        tick: Callable[[], None] | None = None,
+    ) -> None:
+        self.chain, self.judge, self.hidden, self.targets = chain, judge, hidden_NTD, targets
+        self.steps, self.batch_size, self.tick = steps, batch_size, tick
+        self.every = max(1, math.ceil(steps / max(1, checks)))
+        self.generator = torch.Generator().manual_seed(seed * 1_000_003 + judge.blocks[0].index)
+        samples = hidden_NTD.shape[0]
+        held = max(1, samples // 8) if samples > 1 else 0
+        order = torch.randperm(samples, generator=self.generator)
+        self.held_out, self.train = (order[:held], order[held:]) if held else (order, order)
+        self.queue: list[int] = []
+
+    def run(self) -> FitReport:
+        """Learn in place and leave the chain in the best state seen, never worse than it began."""
+        start = best = self._check()
+        kept, best_step, rate, halvings, step = self._snapshot(), 0, 1.0, 0, 0
+        optimizer = self._optimizer()
+        while step < self.steps:
+            step += 1
+            finite = self._step(optimizer, rate * self._schedule(step))
+            if finite and (step % self.every == 0 or step == self.steps):
+                error = self._check()
+                finite = math.isfinite(error)
+                if error < best:
+                    best, best_step, kept = error, step, self._snapshot()
+            if not finite:
+                halvings, rate = halvings + 1, rate / 2
+                self._give_up(halvings, step, rate)
+                self.chain.load_state_dict(kept)
+                optimizer = self._optimizer()
+            if self.tick is not None:
+                self.tick()
+        self.chain.load_state_dict(kept)
+        return FitReport(error_before=start, error_after=best, best_step=best_step, halvings=halvings)
+
+    def _step(self, optimizer: torch.optim.Optimizer, rate: float) -> bool:
+        """Take one optimiser step; return False, with nothing moved, where the loss is not finite."""
+        index = self._batch()
+        hidden_BTD = self.hidden[index].to(self.judge.device)
+        errors = self.judge.errors(self.chain(), hidden_BTD, [t[index] for t in self.targets])
+        loss = self.judge.loss(errors)
+        if not math.isfinite(loss.item()):
+            return False
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        for group in optimizer.param_groups:
+            group["lr"] = group["base_rate"] * rate
+        optimizer.step()
+        with torch.no_grad():
+            self.chain.constrain()
+        return True
+
+    @torch.no_grad()
+    def _check(self) -> float:
+        """Return the loss on the held-out samples."""
+        weights, total = self.chain(), 0.0
+        for part in self.held_out.split(self.batch_size):
+            errors = self.judge.errors(
+                weights, self.hidden[part].to(self.judge.device), [t[part] for t in self.targets]
+            )
+            total += self.judge.loss(errors).item() * len(part)
+        return total / len(self.held_out)
+
+    def _batch(self) -> Tensor:
+        """Draw samples without replacement, a new order each epoch."""
+        while len(self.queue) < min(self.batch_size, len(self.train)):
+            self.queue += self.train[torch.randperm(len(self.train), generator=self.generator)].tolist()
+        index, self.queue = self.queue[: self.batch_size], self.queue[self.batch_size :]
+        return torch.tensor(index)
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        # Losses are relative errors of a few percent spread over many parameters: gradients near AdamW's usual eps.
+        groups = [{"params": list(g.params), "lr": g.rate, "base_rate": g.rate} for g in self.chain.learnables()]
+        return torch.optim.AdamW(groups, weight_decay=0.0, eps=1e-12)
+
+    def _schedule(self, step: int) -> float:
+        """Cosine from one to FINAL_RATE."""
+        return FINAL_RATE + (1 - FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * (step - 1) / self.steps))
+
+    def _snapshot(self) -> dict[str, Tensor]:
+        return {key: value.detach().clone() for key, value in self.chain.state_dict().items()}
+
+    def _give_up(self, halvings: int, step: int, rate: float) -> None:
+        if halvings > MAX_HALVINGS:
+            groups = ", ".join(f"{g.name} {g.rate * rate * 2:.3g}" for g in self.chain.learnables())
+            raise UserError(
+                f"block {self.judge.blocks[0].index}: the loss is not finite at step {step} even at learning rates "
+                f"{groups}; start again with lower rates (--lr) or without the method that learns fastest."
+            )

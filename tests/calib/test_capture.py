@@ -1,0 +1,202 @@
+"""Captured inputs replay every block exactly, and the model is left as it was."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    FalconConfig,
+    FalconForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
+
+from makeweight.calib.capture import blocks_of, capture, finish, hidden_of, run_block
+from makeweight.errors import UserError
+
+VOCABULARY, TOKENS = 64, 24
+SHAPE: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GEMMA: dict[str, Any] = SHAPE | {
+    "head_dim": 8,
+    "sliding_window": 7,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "query_pre_attn_scalar": 8,
+}
+EAGER: dict[str, Any] = {"attn_implementation": "eager"}
+
+
+def llama(attention: str = "sdpa") -> nn.Module:
+    options: dict[str, Any] = {"attn_implementation": attention}
+    return LlamaForCausalLM(LlamaConfig(**SHAPE, **options))
+
+
+def opt() -> nn.Module:
+    return OPTForCausalLM(OPTConfig(**SHAPE, ffn_dim=48, word_embed_proj_dim=16, do_layer_norm_before=False))
+
+
+def falcon() -> nn.Module:
+    config = FalconConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, alibi=False
+    )
+    return FalconForCausalLM(config)
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "llama": (llama, "model.layers"),
+    "llama-eager": (lambda: llama("eager"), "model.layers"),
+    "gemma2": (lambda: Gemma2ForCausalLM(Gemma2Config(**GEMMA, **EAGER)), "model.layers"),
+    "gemma3": (lambda: Gemma3ForCausalLM(Gemma3TextConfig(**GEMMA)), "model.layers"),
+    "opt": (opt, "model.decoder.layers"),
+    "falcon": (falcon, "transformer.h"),
+}
+
+
+@pytest.fixture(params=MODELS)
+def case(request: pytest.FixtureRequest) -> tuple[nn.Module, nn.Module, str]:
+    """A model, the same with its blocks on the meta device, and where they are."""
+    torch.manual_seed(0)
+    make, path = MODELS[request.param]
+    model = make().eval()
+    skeleton = copy.deepcopy(model)
+    blocks_of(skeleton, path).to("meta")
+    return model, skeleton, path
+
+
+def tokens(count: int = 5) -> Tensor:
+    return torch.randint(3, VOCABULARY, (count, TOKENS), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def test_replay_equals_the_model(case: tuple[nn.Module, nn.Module, str]) -> None:
+    model, skeleton, path = case
+    tokens_NT = tokens()
+    captured = capture(skeleton, path, tokens_NT, dtype=torch.float32, batch_size=2)
+    hidden = captured.hidden_NTD
+    assert hidden.shape[:2] == (5, TOKENS)
+    for block, kwargs in zip(blocks_of(model, path), captured.kwargs, strict=True):
+        alone = torch.cat([run_block(block, sample, kwargs) for sample in hidden.split(1)])
+        hidden = run_block(block, hidden, kwargs)
+        torch.testing.assert_close(hidden, alone, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(finish(skeleton, path, hidden), model(tokens_NT).logits, atol=1e-5, rtol=1e-5)
+    part = finish(skeleton, path, hidden[:1, 5:9])
+    torch.testing.assert_close(part, model(tokens_NT[:1]).logits[:, 5:9], atol=1e-5, rtol=1e-5)
+
+
+def test_blocks_are_put_back(case: tuple[nn.Module, nn.Module, str]) -> None:
+    _, skeleton, path = case
+    before = list(blocks_of(skeleton, path))
+    capture(skeleton, path, tokens())
+    assert all(a is b for a, b in zip(before, blocks_of(skeleton, path), strict=True))
+
+
+def test_blocks_are_put_back_after_an_exception(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = llama().eval()
+    before = list(blocks_of(model, "model.layers"))
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(model.get_submodule("model.rotary_emb"), "forward", broken)
+    with pytest.raises(ZeroDivisionError):
+        capture(model, "model.layers", tokens())
+    assert all(a is b for a, b in zip(before, blocks_of(model, "model.layers"), strict=True))
+
+
+def test_kwargs_differ_by_block_and_hold_no_cache() -> None:
+    torch.manual_seed(0)
+    model = MODELS["gemma3"][0]().eval()
+    captured = capture(model, "model.layers", tokens(), dtype=torch.bfloat16)
+    sliding, full, again = (captured.kwargs[i] for i in range(3))
+    assert captured.hidden_NTD.dtype == torch.bfloat16
+    assert not torch.equal(sliding["position_embeddings"][0], full["position_embeddings"][0])
+    assert sliding["position_embeddings"][0].dtype == torch.bfloat16
+    assert sliding["attention_mask"] is not None and sliding["attention_mask"].shape[0] == 1
+    # What blocks share is stored once.
+    assert sliding["attention_mask"] is again["attention_mask"]
+    for kwargs in captured.kwargs:
+        assert kwargs.get("past_key_values") is None
+        assert not kwargs.get("use_cache")
+
+
+def test_positional_arguments_get_their_names() -> None:
+    class Block(nn.Module):
+        attention_type = "full"
+
+        def forward(self, hidden_states: Tensor, scale: float, past_key_value: object, *, shift: float) -> Tensor:
+            return hidden_states * scale + shift
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(VOCABULARY, 4)
+            self.layers = nn.ModuleList([Block(), Block()])
+
+        def forward(self, input_ids: Tensor, use_cache: bool) -> Tensor:
+            hidden = self.embed(input_ids)
+            for index, layer in enumerate(self.layers):
+                assert layer.attention_type == "full"
+                hidden = layer(hidden, 2.0 + index, object(), shift=1.0)
+            return hidden
+
+    captured = capture(Model(), "layers", tokens())
+    assert captured.kwargs == tuple({"scale": s, "past_key_value": None, "shift": 1.0} for s in (2.0, 3.0))
+
+
+def test_arguments_that_depend_on_the_text_are_refused() -> None:
+    class Block(nn.Module):
+        def forward(self, hidden_states: Tensor, extra: Tensor) -> Tensor:
+            return hidden_states + extra
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(VOCABULARY, 4)
+            self.layers = nn.ModuleList([Block()])
+
+        def forward(self, input_ids: Tensor, use_cache: bool) -> Tensor:
+            hidden = self.embed(input_ids)
+            return self.layers[0](hidden, extra=hidden)
+
+    with pytest.raises(UserError, match="block 0 an argument 'extra' that depends on the text"):
+        capture(Model(), "layers", tokens())
+
+
+def test_bloom_is_replayed_sample_by_sample() -> None:
+    torch.manual_seed(0)
+    model = BloomForCausalLM(BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4)).eval()
+    captured = capture(model, "transformer.h", tokens(2), dtype=torch.float32)
+    with torch.no_grad():
+        hidden = captured.hidden_NTD[:1]
+        for block, kwargs in zip(blocks_of(model, "transformer.h"), captured.kwargs, strict=True):
+            hidden = run_block(block, hidden, kwargs)
+        torch.testing.assert_close(finish(model, "transformer.h", hidden), model(tokens(2)[:1]).logits)
+
+
+def test_hidden_of_takes_tensors_and_tuples() -> None:
+    hidden = torch.ones(1, 2, 3)
+    assert hidden_of(hidden) is hidden
+    assert hidden_of((hidden, None)) is hidden
