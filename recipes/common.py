@@ -25,9 +25,7 @@ def data() -> Path:
     """Return the folder of texts, $MAKEWEIGHT_DATA or ../shared/data; raises UserError where it is missing."""
     folder = Path(os.environ.get("MAKEWEIGHT_DATA") or ROOT.parent / "shared" / "data").resolve()
     if not (folder / "enwiki" / "train.txt").is_file():
-        raise UserError(
-            f"the texts are not in {folder}: set MAKEWEIGHT_DATA to the folder with enwiki/train.txt."
-        )
+        raise UserError(f"the texts are not in {folder}: set MAKEWEIGHT_DATA to the folder with enwiki/train.txt.")
     return folder
 
 

@@ -81,9 +81,7 @@ class Eval:
         if isinstance(self.windows, tuple | list):
             object.__setattr__(self, "windows", tuple(self.windows))
             if len(self.windows) != len(self.datasets):
-                raise UserError(
-                    f"eval.windows={self.windows!r} does not fit {len(self.datasets)} texts: one each."
-                )
+                raise UserError(f"eval.windows={self.windows!r} does not fit {len(self.datasets)} texts: one each.")
         for count in (self.windows,) if isinstance(self.windows, int) else self.windows or ():
             _whole("eval.windows", count, least=1)
         _flag("eval.baseline", self.baseline)

@@ -57,7 +57,8 @@ def evaluate(
     """Perplexity of a folder, hub name or GGUF file on each data set, with one pass over its blocks for all of them.
 
     `dtype` is that of the blocks (None: the checkpoint's own). Convention: the held-out part of each text is tokenised
-    once and cut into adjacent windows of `seqlen`, of which the first `windows` count (one number, or one each). Raises UserError.
+    once and cut into adjacent windows of `seqlen`, of which the first `windows` count (one number, or one
+    each). Raises UserError.
     """
     from makeweight.models.load import open_checkpoint
 

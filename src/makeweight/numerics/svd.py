@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._C import _LinAlgError as LinAlgError
 
 
 def thin_svd(matrix_OI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -18,7 +19,7 @@ def thin_svd(matrix_OI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     for candidate_OI, driver in attempts:
         try:
             u_OR, sigma_R, vt_RI = torch.linalg.svd(candidate_OI, full_matrices=False, driver=driver)
-        except torch.linalg.LinAlgError:
+        except LinAlgError:
             continue
         return u_OR.to(work_OI), sigma_R.to(work_OI), vt_RI.T.contiguous().to(work_OI)
-    raise torch.linalg.LinAlgError(f"no driver decomposed a {tuple(matrix_OI.shape)} matrix")
+    raise LinAlgError(f"no driver decomposed a {tuple(matrix_OI.shape)} matrix")

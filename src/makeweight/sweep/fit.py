@@ -54,6 +54,13 @@ class FitReport:
     halvings: int
 
 
+def make_optimizer(chain: Chain) -> torch.optim.Optimizer:
+    """Return AdamW over what a chain learns, without weight decay; `base_rate` keeps each group's own rate."""
+    # Losses are relative errors of a few percent spread over many parameters: gradients near AdamW's usual eps.
+    groups = [{"params": list(g.params), "lr": g.rate, "base_rate": g.rate} for g in chain.learnables()]
+    return torch.optim.AdamW(groups, weight_decay=0.0, eps=1e-12)
+
+
 class Fit:
     """One block's learning: batches, schedule, checks on held-out samples, best state, rollback."""
 
@@ -84,7 +91,7 @@ class Fit:
         """Learn in place and leave the chain in the best state seen, never worse than it began."""
         start = best = self._check()
         kept, best_step, rate, halvings, step = self._snapshot(), 0, 1.0, 0, 0
-        optimizer = self._optimizer()
+        optimizer = make_optimizer(self.chain)
         while step < self.steps:
             step += 1
             finite = self._step(optimizer, rate * self._schedule(step))
@@ -97,7 +104,7 @@ class Fit:
                 halvings, rate = halvings + 1, rate / 2
                 self._give_up(halvings, step, rate)
                 self.chain.load_state_dict(kept)
-                optimizer = self._optimizer()
+                optimizer = make_optimizer(self.chain)
             if self.tick is not None:
                 self.tick()
         self.chain.load_state_dict(kept)
@@ -137,11 +144,6 @@ class Fit:
             self.queue += self.train[torch.randperm(len(self.train), generator=self.generator)].tolist()
         index, self.queue = self.queue[: self.batch_size], self.queue[self.batch_size :]
         return torch.tensor(index)
-
-    def _optimizer(self) -> torch.optim.Optimizer:
-        # Losses are relative errors of a few percent spread over many parameters: gradients near AdamW's usual eps.
-        groups = [{"params": list(g.params), "lr": g.rate, "base_rate": g.rate} for g in self.chain.learnables()]
-        return torch.optim.AdamW(groups, weight_decay=0.0, eps=1e-12)
 
     def _schedule(self, step: int) -> float:
         """Cosine from one to FINAL_RATE."""

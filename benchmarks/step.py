@@ -1,0 +1,183 @@
+"""One optimiser step against the floor: its operations over the matrix-product rate measured in the same run.
+
+    python -m benchmarks.step [--big] [--threads 2]
+
+Prints, for a SmolLM2-sized block (and with --big for a 7B-sized one), what a step of each method takes, which share
+of the machine's bf16 rate that is, and what SDE adds against its share of the operations. Also times fake
+quantization with clipping alone: as plain autograd operations, in closed form, and compiled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from makeweight.methods.base import Context
+from makeweight.numerics.flops import matmul_rate, step_flops
+from makeweight.numerics.grid import clipped_grid, from_codes, grouped, qparams
+from makeweight.numerics.memory import keep_freed_memory
+from makeweight.numerics.scheme import Scheme
+from makeweight.plan import compose
+from makeweight.sweep.block import Block
+from makeweight.sweep.chain import Chain
+from makeweight.sweep.fit import Judge, make_optimizer
+
+METHODS = ("lwc", "lwc+sde", "lwc+sde+cl")
+SEQLEN = 512
+SCHEME = Scheme(bits=3, group_size=64)
+SIZES = {  # hidden size, intermediate size, query heads, key and value heads
+    "SmolLM2-135M block": (576, 1536, 9, 3),
+    "7B block": (4096, 11008, 32, 32),
+}
+RESULTS = Path(__file__).parent / "results" / "step.json"
+
+
+def layers(title: str, count: int, device: torch.device) -> list[Block]:
+    """Build random decoder layers of a size, with the arguments that they are called with."""
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+
+    hidden, inner, heads, kv_heads = SIZES[title]
+    config = LlamaConfig(
+        hidden_size=hidden, intermediate_size=inner, num_attention_heads=heads, num_key_value_heads=kv_heads
+    )
+    config._attn_implementation = "sdpa"
+    positions_1T = torch.arange(SEQLEN, device=device).unsqueeze(0)
+    probe = torch.zeros(1, SEQLEN, hidden, dtype=torch.bfloat16, device=device)
+    kwargs = {
+        "position_embeddings": LlamaRotaryEmbedding(config).to(device)(probe, positions_1T),
+        "attention_mask": None,
+    }
+    blocks = []
+    for index in range(count):
+        module = LlamaDecoderLayer(config, index).to(device, torch.bfloat16).requires_grad_(False)
+        names = tuple(name for name, part in module.named_modules() if isinstance(part, nn.Linear))
+        blocks.append(Block(index, module, names, kwargs))
+    return blocks
+
+
+def seconds(work: Callable[[], object], device: torch.device, *, budget: float) -> float:
+    """Return the median seconds of one call within a time budget, at least three calls after a first."""
+    work()
+    times: list[float] = []
+    end = time.perf_counter() + budget
+    while len(times) < 3 or time.perf_counter() < end:
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def measure_block(title: str, batch: int, device: torch.device, budget: float) -> list[dict[str, float | str]]:
+    """Time one step of every method on one block."""
+    blocks, hidden = layers(title, 3, device), SIZES[title][0]
+    shapes = [(weight.shape[0], weight.shape[1]) for weight in blocks[0].state().values()]
+    hidden_BTD = torch.randn(batch, SEQLEN, hidden, device=device).to(torch.bfloat16)
+    context = Context(scheme=SCHEME, scale_dtype=torch.bfloat16, dtype=torch.bfloat16)
+    rows: list[dict[str, float | str]] = []
+    for method in METHODS:
+        plan = compose(method)
+        chain = Chain.build(blocks[0].state(), plan.maps, plan.grid, context).to(device)
+        weights = plan.loss.weights()
+        judge = Judge(blocks=tuple(blocks[: len(weights)]), weights=weights, device=device)
+        optimizer = make_optimizer(chain)
+
+        def step(chain: Chain = chain, judge: Judge = judge, optimizer: torch.optim.Optimizer = optimizer) -> None:
+            targets = [hidden_BTD] * len(judge.blocks)
+            loss = judge.loss(judge.errors(chain(), hidden_BTD, targets))
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+
+        rate = matmul_rate(device, rows=batch * SEQLEN, size=hidden)
+        took = seconds(step, device, budget=budget)
+        work = step_flops(shapes, hidden, batch, SEQLEN, ahead=len(weights) - 1, band=bool(plan.maps))
+        rows.append(
+            {
+                "block": title, "method": method, "tokens": batch * SEQLEN, "seconds": took, "gflop": work / 1e9,
+                "rate_gflops": rate / 1e9, "share_of_rate": work / took / rate,
+            }
+        )  # fmt: skip
+    return rows
+
+
+def sde_overhead(rows: Sequence[dict[str, float | str]]) -> float:
+    """Return the time SDE adds to `lwc`, over the time of `lwc` times SDE's share of the operations."""
+    found = {row["method"]: row for row in rows}
+    lwc, sde = found["lwc"], found["lwc+sde"]
+    added = float(sde["seconds"]) / float(lwc["seconds"]) - 1
+    return added / (float(sde["gflop"]) / float(lwc["gflop"]) - 1)
+
+
+def plain_grid(weight_OI: Tensor, low_OG: Tensor, high_OG: Tensor) -> Tensor:
+    """Fake-quantize with plain operations and autograd's own backward, for comparison."""
+    weight_OGS = grouped(weight_OI, SCHEME.group_size)
+    bottom_OG = weight_OGS.amin(-1).clamp(max=0) * low_OG
+    top_OG = weight_OGS.amax(-1).clamp(min=0) * high_OG
+    scale_OG = (top_OG - bottom_OG) / (SCHEME.qmax - SCHEME.qmin)
+    zero_OG = qparams(bottom_OG.detach(), top_OG.detach(), SCHEME, torch.bfloat16)[1]
+    scaled_OGS = weight_OGS / scale_OG.unsqueeze(-1) + zero_OG.unsqueeze(-1)
+    rounded_OGS = scaled_OGS + (scaled_OGS.round() - scaled_OGS).detach()
+    codes_OGS = rounded_OGS.clamp(SCHEME.qmin, SCHEME.qmax)
+    return from_codes(codes_OGS, scale_OG, zero_OG).flatten(1).to(torch.bfloat16)
+
+
+def fused_grid(weight_OI: Tensor, low_OG: Tensor, high_OG: Tensor) -> Tensor:
+    """Fake-quantize in closed form, as the methods do."""
+    return clipped_grid(weight_OI, low_OG, high_OG, SCHEME, scale_dtype=torch.bfloat16, dtype=torch.bfloat16)
+
+
+def measure_grid(device: torch.device, budget: float) -> dict[str, float]:
+    """Time fake quantization, forward and backward, over the weights of a SmolLM2 block."""
+    weight = (torch.randn(6144, 576, device=device) * 0.02).requires_grad_()
+    low, high = (torch.full((6144, 9), 0.98, device=device, requires_grad=True) for _ in range(2))
+    grad = torch.randn(6144, 576, device=device).to(torch.bfloat16)
+    ways = {"plain": plain_grid, "compiled": torch.compile(plain_grid, dynamic=False), "closed form": fused_grid}
+
+    def run(way: Callable[..., Tensor]) -> None:
+        way(weight, low, high).backward(grad)
+        weight.grad = low.grad = high.grad = None
+
+    return {name: seconds(lambda way=way: run(way), device, budget=budget) for name, way in ways.items()}
+
+
+def main() -> None:
+    """Measure, print, and keep the figures as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--big", action="store_true", help="the 7B-sized block as well (minutes on a CPU)")
+    parser.add_argument("--batch", type=int, default=8, help="sequences of 512 tokens per step")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--seconds", type=float, default=4.0, help="time budget of each figure")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    keep_freed_memory()
+    device = torch.device(args.device)
+    found: dict[str, object] = {}
+    for title in SIZES if args.big else list(SIZES)[:1]:
+        rows = measure_block(title, args.batch, device, args.seconds)
+        found[title] = rows
+        print(f"{title}, {args.batch} x {SEQLEN} tokens, {rows[0]['rate_gflops']:.0f} GFLOP/s in bf16 products")
+        for row in rows:
+            print(f"  {row['method']:<12} {row['seconds']:8.3f} s  {row['share_of_rate']:6.1%} of that rate")
+        print(f"  lwc+sde costs {sde_overhead(rows):.2f} times its share of the operations more than lwc")
+    grids = measure_grid(device, args.seconds)
+    found["fake quantization, forward and backward"] = grids
+    print("fake quantization of a block's weights, forward and backward")
+    for name, took in grids.items():
+        print(f"  {name:<12} {took * 1e3:7.1f} ms  {grids['plain'] / took:5.1f} x plain")
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

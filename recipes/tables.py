@@ -1,0 +1,79 @@
+"""Write the README's tables from the JSON files of results.
+
+python -m recipes.tables
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from recipes.common import RESULTS, ROOT
+
+START, END = "<!-- results -->", "<!-- /results -->"
+METHODS = ("rtn", "lwc", "lwc+lsi", "lwc+sde", "lwc+cl", "lwc+sde+cl")
+Cells = dict[str, dict[str, Any]]
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table, numbers right-aligned."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def spread(values: Sequence[float]) -> str:
+    """Return the mean, and the spread (largest minus smallest) where there are several seeds."""
+    mean = statistics.fmean(values)
+    return f"{mean:.2f}" if len(values) == 1 else f"{mean:.2f} ({max(values) - min(values):.2f})"
+
+
+def core(cells: Cells) -> str:
+    """Return the table of the whole model."""
+    rows = []
+    for cell in cells.values():
+        if original := cell.get("original"):
+            rows.insert(0, ["original", f"{original['wikitext2']:.2f}", f"{original['enwiki']:.2f}", "16", "", ""])
+    for method in METHODS:
+        for cell in (cell for cell in cells.values() if cell["method"] == method):
+            minutes, memory = cell["solve_seconds"] / 60, cell["peak_memory_mb"] / 1000
+            rows.append(
+                [
+                    f"`{method}`", f"{cell['wikitext2']:.2f}", f"{cell['enwiki']:.2f}",
+                    f"{cell['bits_per_weight']:.2f}", f"{minutes:.1f}", f"{memory:.1f}",
+                ]
+            )  # fmt: skip
+    return table(("whole model, W3A16g64", "WikiText-2", "enwiki", "bits/weight", "minutes", "peak GB"), rows)
+
+
+def ablation(cells: Cells) -> str:
+    """Return one table per scheme: mean over seeds, spread in brackets."""
+    parts = []
+    for scheme in dict.fromkeys(cell["scheme"] for cell in cells.values()):
+        rows = []
+        for method in METHODS:
+            found = [c for c in cells.values() if c["scheme"] == scheme and c["method"] == method]
+            if found:
+                seeds = str(len(found)) if method != "rtn" else "-"
+                domains = [spread([cell[name] for cell in found]) for name in ("wikitext2", "enwiki")]
+                rows.append([f"`{method}`", *domains, seeds])
+        parts.append(table((f"first 8 blocks, {scheme}", "WikiText-2", "enwiki", "seeds"), rows))
+    return "\n\n".join(parts)
+
+
+def main() -> None:
+    """Put the tables between the marks in README.md."""
+    parts = []
+    for name, build in (("core", core), ("ablation", ablation)):
+        file = RESULTS / f"{name}.json"
+        if file.is_file():
+            parts.append(build(json.loads(file.read_text())))
+    readme = ROOT / "README.md"
+    before, _, rest = readme.read_text().partition(START)
+    after = rest.partition(END)[2]
+    readme.write_text(f"{before}{START}\n{chr(10).join(f'{part}{chr(10)}' for part in parts)}{END}{after}")
+
+
+if __name__ == "__main__":
+    main()
