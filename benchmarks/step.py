@@ -100,7 +100,7 @@ def measure_block(title: str, batch: int, device: torch.device, budget: float) -
 
         rate = matmul_rate(device, rows=batch * SEQLEN, size=hidden)
         took = seconds(step, device, budget=budget)
-        work = step_flops(shapes, hidden, batch, SEQLEN, ahead=len(weights) - 1, band=bool(plan.maps))
+        work = step_flops(shapes, hidden, batch, SEQLEN, ahead=len(weights) - 1, band=plan.band)
         rows.append(
             {
                 "block": title, "method": method, "tokens": batch * SEQLEN, "seconds": took, "gflop": work / 1e9,

@@ -34,8 +34,8 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         "makeweight.pipeline",
         quantize=lambda recipe: calls.append(recipe) or "record",
         preflight=lambda recipe: f"about {recipe.calib.nsamples} samples",
-        demo=lambda out: calls.append(out),
     )
+    stand_in(monkeypatch, "makeweight.demo", demo=lambda out: calls.append(out))
     stand_in(monkeypatch, "makeweight.report.tables", show=lambda record: print(f"shown {record}"))
     return calls
 

@@ -27,11 +27,13 @@ ALLOWED: dict[str, set[str]] = {
     "methods": BASE | {"recipe", "models", "calib"},
     "sweep": BASE | {"recipe", "models", "calib", "methods.base"},
     "plan": BASE | {"recipe", "models", "calib", "methods"},
+    "estimate": BASE | {"recipe", "models", "plan"},
     "export": LEAF,
     "evals": LEAF,
     "report": LEAF | {"evals"},
-    "pipeline": ENGINE | {"export", "evals", "report"},
-    "cli": ENGINE | {"export", "evals", "report", "pipeline"},
+    "pipeline": ENGINE | {"", "estimate", "export", "evals", "report"},
+    "demo": ENGINE | {"report", "pipeline"},
+    "cli": ENGINE | {"", "export", "evals", "report", "pipeline", "demo"},
     "": ENGINE | {"export", "evals", "report", "pipeline"},
 }
 

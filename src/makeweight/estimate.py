@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from makeweight.errors import UserError
-from makeweight.methods.weight.sde import Sde
 from makeweight.numerics.flops import block_flops, matmul_rate, step_flops
 from makeweight.plan import Plan
 from makeweight.recipe import Recipe
@@ -92,7 +91,7 @@ def _learning(plan: Plan, recipe: Recipe, ckpt: Checkpoint, shapes: Sequence[tup
     ahead = len(plan.loss.weights()) - 1
     streams = (3 + ahead) * calib.nsamples * calib.seqlen * config.hidden_size * 2
     factors = sum((rows + columns) * min(rows, columns) for rows, columns in shapes) * 2
-    chain = weights * (4 * 6) + (factors if any(isinstance(step, Sde) for step in plan.maps) else 0)
+    chain = weights * (4 * 6) + (0 if plan.band is None else factors)
     activations = 34 * tune.batch_size * calib.seqlen * config.hidden_size * 2 * (1 + ahead)
     return streams + (1 + ahead) * weights * 2 + chain + activations
 
@@ -100,7 +99,6 @@ def _learning(plan: Plan, recipe: Recipe, ckpt: Checkpoint, shapes: Sequence[tup
 def _block_work(plan: Plan, recipe: Recipe, ckpt: Checkpoint, shapes: Sequence[tuple[int, int]]) -> float:
     """Return operations of one block: its steps, and the two streams' forward passes."""
     hidden, calib, tune = ckpt.config.get_text_config().hidden_size, recipe.calib, recipe.tune
-    band = any(isinstance(step, Sde) for step in plan.maps)
     ahead = len(plan.loss.weights()) - 1
-    steps = tune.steps * step_flops(shapes, hidden, tune.batch_size, calib.seqlen, ahead=ahead, band=band)
+    steps = tune.steps * step_flops(shapes, hidden, tune.batch_size, calib.seqlen, ahead=ahead, band=plan.band)
     return steps + 2 / 3 * block_flops(shapes, hidden, calib.nsamples, calib.seqlen)

@@ -98,7 +98,8 @@ class Job:
         data = recipe_data(self.recipe)
         for name in ("model", "out", "eval", "trust_remote_code"):
             del data[name]
-        text = json.dumps([data, self.ckpt.fingerprint(), __version__], sort_keys=True)
+        # The plan holds every setting that the recipe leaves to its default: a release may change one.
+        text = json.dumps([data, repr(self.plan), self.ckpt.fingerprint(), __version__], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def solver(self) -> Solver:

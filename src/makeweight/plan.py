@@ -11,6 +11,7 @@ from makeweight.methods.base import GridStep, LossStep, MapStep, Step
 from makeweight.methods.grid.clip import Rtn
 from makeweight.methods.loss.cross_layer import Mse
 from makeweight.methods.presets import PRESETS
+from makeweight.methods.weight.sde import Sde
 from makeweight.recipe import Option, Recipe
 
 if TYPE_CHECKING:
@@ -30,6 +31,11 @@ class Plan:
     def learns(self) -> bool:
         """Whether anything is learned, and so calibration text and streams are needed."""
         return bool(self.maps) or not isinstance(self.grid, Rtn)
+
+    @property
+    def band(self) -> int | None:
+        """The band that SDE learns, None without it; what its operations and its memory depend on."""
+        return next((step.band for step in self.maps if isinstance(step, Sde)), None)
 
 
 def compose(

@@ -211,4 +211,11 @@ def test_long_streams_raise_no_warning(
 
 
 def test_names_are_complete() -> None:
-    assert set(NAMES) == {"wikitext2", "c4", "ptb", "pile-10k", "python-docs"}
+    assert set(NAMES) == {"wikitext2", "c4", "ptb", "pile-10k", "python-docs", "python-code"}
+
+
+def test_python_code_is_a_second_domain_with_disjoint_parts() -> None:
+    train, held_out = (set(read_text(f"python-code:{part}")) for part in ("train", "validation"))
+    assert not train & held_out
+    assert sum(map(len, train)) > 10 * sum(map(len, held_out)) > 1_000_000 / 10
+    assert any("def " in module for module in held_out)

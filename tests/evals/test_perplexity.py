@@ -19,6 +19,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from makeweight.calib import data
 from makeweight.calib.capture import blocks_of
 from makeweight.errors import UserError
 from makeweight.evals import perplexity as room
@@ -135,7 +136,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> FakeCheckpoint:
     load = pytest.importorskip("makeweight.models.load")
     monkeypatch.setattr(load, "open_checkpoint", lambda _: ckpt)
     texts = {"a": windows(5)[:3], "b": windows(5)[3:]}
-    monkeypatch.setattr(room, "evaluation_windows", lambda _, name, *, seqlen, windows: texts[name][:windows, :seqlen])
+    monkeypatch.setattr(data, "evaluation_windows", lambda _, name, *, seqlen, windows: texts[name][:windows, :seqlen])
     return ckpt
 
 

@@ -157,7 +157,18 @@ def test_drift_is_held_and_reported(name: str, dtype: torch.dtype) -> None:
                 assert size < 1 or drift == pytest.approx(bound, rel=tolerance)
 
 
-@pytest.mark.xfail(reason="0 / 0 where a matrix is all zeros", strict=True)
+def test_the_leading_block_drifts_too() -> None:
+    state = {"w": a_state()["square"]}
+    lead = Sde(band=0, lead=8, drift=0.05).build(state, context())
+    (params,) = (group.params for group in lead.learnables())
+    with torch.no_grad():
+        params[1].fill_(9.0)
+        lead.constrain()
+        drift = float((lead(state)["w"] - state["w"]).norm() / state["w"].norm())
+    assert drift == pytest.approx(0.05, rel=1e-3)
+    assert lead.report() == {"drift.w": pytest.approx(0.05, rel=1e-5)}
+
+
 def test_a_dead_matrix_reports_a_number() -> None:
     report = Sde(band=1).build({"dead": torch.zeros(8, 16)}, context()).report()
     assert all(value == value for value in report.values())

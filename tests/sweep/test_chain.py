@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from makeweight.methods.base import Grid, MapStep, State
+from makeweight.methods.base import Context, Grid, Map, MapStep, Stage, State
 from makeweight.methods.grid.clip import Lwc, Rtn
 from makeweight.methods.weight.sde import Sde
 from makeweight.numerics.qtensor import QTensor
@@ -121,8 +121,35 @@ def test_the_loss_is_the_weighted_mean(case: Problem) -> None:
     assert judge.loss([torch.tensor(0.3)] * 3).item() == pytest.approx(0.3)
 
 
+class Doubling(Map):
+    """Stands for an exact step that is not the identity on the weights."""
+
+    def forward(self, state: State) -> State:
+        return {name: 2 * weight for name, weight in state.items()}
+
+
+class Double(MapStep):
+    stage = Stage.WEIGHT
+
+    def __init__(self, seen: list[State]) -> None:
+        object.__setattr__(self, "seen", seen)
+
+    def build(self, state: State, context: Context) -> Map:
+        self.__dict__["seen"].append(state)
+        return Doubling()
+
+
 def test_maps_are_built_on_the_weights_that_reach_them(case: Problem) -> None:
-    """The grid sits after every map, in the order given, and the base is never written."""
+    seen: list[State] = []
+    chain = case.chain(Double(seen), Double(seen), grid=Rtn())
+    state = case.blocks[0].state()
+    assert len(seen) == 2
+    assert all(torch.equal(seen[k][name], 2**k * state[name]) for k in range(2) for name in state)
+    assert all(torch.equal(chain.moved()[name], 4 * state[name]) for name in state)
+
+
+def test_maps_act_in_the_order_given(case: Problem) -> None:
+    """The grid sits after every map, and the base is never written."""
     chain = case.chain(Sde(band=0), Sde(band=1))
     base = {name: weight.clone() for name, weight in chain.base.items()}
     move(chain)

@@ -213,7 +213,6 @@ def test_few_samples(samples: int) -> None:
     assert report.error_after <= report.error_before
 
 
-@pytest.mark.xfail(reason="AdamW refuses a chain without learnables", raises=ValueError, strict=True)
 def test_nothing_to_learn(case: Problem) -> None:
     report = case.fit(case.chain(grid=Rtn()), steps=0).run()
     assert report.error_after == report.error_before > 0

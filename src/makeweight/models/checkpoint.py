@@ -234,7 +234,8 @@ class Checkpoint:
 
     def parameters(self) -> dict[str, tuple[int, ...]]:
         """Return name and shape of every parameter of the model, tied ones once."""
-        return {name: tuple(item.shape) for name, item in self._layout.named_parameters()}
+        tied = set(getattr(self._layout, "all_tied_weights_keys", None) or {})
+        return {name: tuple(item.shape) for name, item in self._layout.named_parameters() if name not in tied}
 
     def side_files(self) -> list[Path]:
         """Return the folder's files that are not weights, index, config.json or code: the tokenizer and its kin."""

@@ -6,8 +6,7 @@ import math
 from typing import Any
 
 from makeweight.models.checkpoint import Checkpoint
-
-GROUP_SIZES = (16, 32, 64, 128, 256)
+from makeweight.numerics.scheme import GROUP_SIZES
 
 
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:

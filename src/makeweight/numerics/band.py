@@ -4,7 +4,8 @@ The core of Singular-value Diagonal Expansion is dW = U B V^T with B an R x R ma
 |i - j| <= b. B is held as its diagonals, (W, R) with W = 2 b + 1: `diagonals[k, j]` is B[j + k - b, j], and entries
 that would lie outside the matrix stay zero. Columns are worked on in tiles of `tile`, each of which touches
 `tile + 2 b` neighbouring rows only, so that both directions are batched matrix products and neither the R x R core
-nor its gradient is ever formed.
+nor its gradient is formed. Where a tile would reach across the whole matrix, the band is written out instead: it then
+is most of the core, and one plain product is cheaper.
 """
 
 from __future__ import annotations
@@ -29,15 +30,18 @@ def band_mask(rank: int, band: int, device: torch.device | None = None) -> Tenso
 
 
 def band_to_dense(diagonals_WR: Tensor) -> Tensor:
-    """Write the band out as an R x R matrix; for tests and reports, never for training."""
+    """Write the band out as an R x R matrix."""
     width, rank = diagonals_WR.shape
     band = width // 2
-    rows_WR = torch.arange(rank) + torch.arange(-band, band + 1).unsqueeze(1)
-    inside_WR = band_mask(rank, band)
-    dense_RR = diagonals_WR.new_zeros(rank, rank)
-    columns_WR = torch.arange(rank).expand(width, rank)
-    dense_RR[rows_WR[inside_WR], columns_WR[inside_WR]] = diagonals_WR[inside_WR]
-    return dense_RR
+    padded_RR = diagonals_WR.new_zeros(rank + 2 * band, rank)
+    padded_RR.scatter_(0, _tile_rows(rank, band, diagonals_WR.device), diagonals_WR)
+    return padded_RR[band : band + rank]
+
+
+def dense_to_band(dense_RR: Tensor, band: int) -> Tensor:
+    """Read the (W, R) diagonals of an R x R matrix, zero where they leave it."""
+    padded_RR = F.pad(dense_RR, (0, 0, band, band))
+    return padded_RR.gather(0, _tile_rows(dense_RR.shape[1], band, dense_RR.device))
 
 
 @lru_cache(maxsize=64)
@@ -74,6 +78,8 @@ def times_band(factor_MR: Tensor, diagonals_WR: Tensor) -> Tensor:
     if band == 0:
         return factor_MR * diagonals_WR
     tile = _tile_of(band)
+    if tile + 2 * band >= rank:
+        return factor_MR @ band_to_dense(diagonals_WR)
     product = torch.bmm(_windows(factor_MR, band, tile), _tiled_band(diagonals_WR, tile))
     return product.transpose(0, 1).flatten(1)[:, :rank]
 
@@ -84,6 +90,8 @@ def band_of_product(left_RM: Tensor, right_MR: Tensor, band: int) -> Tensor:
     if band == 0:
         return (left_RM * right_MR.T).sum(1).unsqueeze(0)
     tile = _tile_of(band)
+    if tile + 2 * band >= rank:
+        return dense_to_band(left_RM @ right_MR, band)
     tiles = -(-rank // tile)
     right = F.pad(right_MR, (0, tiles * tile - rank)).unflatten(1, (tiles, tile)).transpose(0, 1)
     blocks = torch.bmm(_windows(left_RM.T, band, tile).transpose(1, 2), right)

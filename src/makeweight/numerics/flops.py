@@ -17,17 +17,29 @@ def block_flops(shapes: Iterable[tuple[int, int]], hidden: int, batch: int, seql
     return 6.0 * weights * batch * seqlen + 12.0 * hidden * seqlen**2 * batch
 
 
-def band_flops(shapes: Iterable[tuple[int, int]]) -> float:
-    """Operations of U B V^T and of U^T G, once per step: 4 m r n per linear, r = min(m, n)."""
-    return sum(4.0 * rows * columns * min(rows, columns) for rows, columns in shapes)
+def band_flops(shapes: Iterable[tuple[int, int]], band: int) -> float:
+    """Operations of SDE, once per step.
+
+    Per linear, with r = min(m, n): 4 m r n for U B V^T and U^T G, and 2 r (2 b + 1) (m + n) for the band's products.
+    """
+    total = 0.0
+    for rows, columns in shapes:
+        rank = min(rows, columns)
+        total += 4.0 * rows * columns * rank + 2.0 * rank * min(2 * band + 1, rank) * (rows + columns)
+    return total
 
 
 def step_flops(
-    shapes: Iterable[tuple[int, int]], hidden: int, batch: int, seqlen: int, *, ahead: int = 0, band: bool = False
+    shapes: Iterable[tuple[int, int]], hidden: int, batch: int, seqlen: int, *, ahead: int = 0, band: int | None = None
 ) -> float:
-    """Operations of one optimiser step; a frozen block ahead costs forward and input gradient, 4/6 of a trained one."""
+    """Operations of one optimiser step; a frozen block ahead costs forward and input gradient, 4/6 of a trained one.
+
+    `band` is SDE's, None without it.
+    """
     shapes = list(shapes)
-    return block_flops(shapes, hidden, batch, seqlen) * (1 + ahead * 4 / 6) + (band_flops(shapes) if band else 0.0)
+    return block_flops(shapes, hidden, batch, seqlen) * (1 + ahead * 4 / 6) + (
+        0.0 if band is None else band_flops(shapes, band)
+    )
 
 
 def matmul_rate(

@@ -38,7 +38,7 @@ def qparams(low_OG: Tensor, high_OG: Tensor, scheme: Scheme, scale_dtype: torch.
     else:
         raw_OG = (high_OG - low_OG) / steps
         zero_OG = (scheme.qmin - low_OG / raw_OG).nan_to_num(nan=0.0).clamp(scheme.qmin, scheme.qmax).round()
-    scale_OG = raw_OG.to(scale_dtype)
+    scale_OG = raw_OG.clamp(max=torch.finfo(scale_dtype).max).to(scale_dtype)
     scale_OG = torch.where(scale_OG == 0, torch.finfo(scale_dtype).eps, scale_OG)
     return scale_OG.to(raw_OG.dtype), zero_OG
 

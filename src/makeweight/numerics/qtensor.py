@@ -36,6 +36,7 @@ class QTensor:
         parts = [self.codes_OI, self.scale_OG, *([] if self.zero_OG is None else [self.zero_OG])]
         sha = hashlib.sha256(str(self.scheme).encode())
         for part in parts:
+            sha.update(f"{part.dtype}{tuple(part.shape)}".encode())
             sha.update(part.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return sha.hexdigest()
 

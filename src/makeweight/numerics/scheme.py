@@ -13,6 +13,8 @@ from makeweight.errors import UserError
 
 ScaleDtype = Literal["auto", "bfloat16", "float16", "float32"]
 MIN_BITS, MAX_BITS = 2, 8
+GROUP_SIZES = (16, 32, 48, 64, 96, 128, 192, 256, 512)
+"""Sizes worth proposing; any that divides a matrix's width is accepted."""
 _PATTERN = re.compile(r"w(?P<bits>\d+)(?:a(?P<act>\d+))?(?:g(?P<group>-?\d+))?(?:_(?P<sym>sym|asym))?", re.IGNORECASE)
 
 
@@ -76,7 +78,7 @@ class Scheme:
         if self.group_size == -1:
             return width
         if width % self.group_size:
-            fits = [size for size in (16, 32, 48, 64, 96, 128, 192, 256, 512) if width % size == 0]
+            fits = [size for size in GROUP_SIZES if width % size == 0]
             raise UserError(
                 f"group size {self.group_size} does not divide the {width} inputs of {name}: "
                 f"use one of {', '.join(map(str, fits)) or 'none'}, or -1 for one scale per channel."

@@ -90,6 +90,8 @@ class Fit:
     def run(self) -> FitReport:
         """Learn in place and leave the chain in the best state seen, never worse than it began."""
         start = best = self._check()
+        if not self.steps or not list(self.chain.learnables()):
+            return FitReport(error_before=start, error_after=start, best_step=0, halvings=0)
         kept, best_step, rate, halvings, step = self._snapshot(), 0, 1.0, 0, 0
         optimizer = make_optimizer(self.chain)
         while step < self.steps:

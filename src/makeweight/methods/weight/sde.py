@@ -11,6 +11,7 @@ Shapes: O out, I in, R = min(O, I), W = 2 b + 1 diagonals, K leading directions.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
@@ -38,7 +39,7 @@ class BandCore(nn.Module):
         self.register_buffer("u_OR", u_OR.to(dtype), persistent=False)
         self.register_buffer("v_IR", v_IR.to(dtype), persistent=False)
         self.register_buffer("unit", sigma_R.median(), persistent=False)
-        self.limit = float(sigma_R.norm() / self.unit)
+        self.limit = float(sigma_R.norm() / self.unit) if self.unit > 0 else math.inf  # a matrix of zeros stays one
         self.diagonals_WR = nn.Parameter(sigma_R.new_zeros(2 * min(band, rank - 1) + 1, rank))
         self.lead_KK = nn.Parameter(sigma_R.new_zeros(min(lead, rank), min(lead, rank)))
 

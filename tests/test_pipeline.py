@@ -1,0 +1,199 @@
+"""What a run writes: a folder that transformers loads with our weights, and in which nothing else has changed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy
+from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+from compressed_tensors.quantization.utils import calculate_qparams
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from makeweight.evals.perplexity import evaluate
+from makeweight.models.load import open_checkpoint
+from makeweight.numerics.scheme import Scheme
+from makeweight.pipeline import preflight, quantize
+from makeweight.recipe import Eval, Recipe
+from makeweight.report.record import Record
+from tests.runs import a_text, our_logits, same_bits, small, tensors, weights_of
+from tests.tiny import tiny_folder
+
+FAMILIES = ("llama", "llama-tied", "qwen3", "gemma3", "opt", "phi3", "gpt-neox")
+PARTS = {"weight_packed", "weight_scale", "weight_shape", "weight_zero_point"}
+NOT_MEASURED = Eval(datasets=())
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return a_text(tmp_path_factory.mktemp("text") / "words.txt")
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_folder("llama", tmp_path_factory.mktemp("source") / "llama", max_shard_size="100KB")
+
+
+def tokens() -> Tensor:
+    return torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(1))
+
+
+def loaded(folder: str | Path) -> Any:
+    """Load a folder the way its users do, and run it once: packed weights unfold in the first forward pass."""
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    with torch.no_grad():
+        model(tokens(), use_cache=False)
+    return model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_run_of_every_family(family: str, tmp_path: Path, text: Path) -> None:
+    source = tiny_folder(family, tmp_path / "source", max_shard_size="100KB")
+    (source / "LICENSE.txt").write_bytes(b"free\r\n\xff")
+    before = {name: tensor.clone() for name, tensor in tensors(source).items()}
+    record = quantize(small(source, tmp_path / "out", text, method="cl+sde+lwc"))
+    out = tmp_path / "out"
+
+    solved = {name.removesuffix(".weight") for name in weights_of(out)}
+    after = tensors(out)
+    kept = {name for name in before if name.removesuffix(".weight") not in solved}
+    assert len(before) - len(kept) == len(solved) > 0, "a quantized linear has another name in the file"
+    assert after.keys() == kept | {f"{linear}.{part}" for linear in solved for part in PARTS}
+    assert all(same_bits(after[name], before[name]) for name in kept)
+    assert all(same_bits(tensor, before[name]) for name, tensor in tensors(source).items()), "the source has changed"
+
+    sides = open_checkpoint(source).side_files()
+    assert {"tokenizer.json", "LICENSE.txt"} <= {file.name for file in sides}
+    assert all((out / file.name).read_bytes() == file.read_bytes() for file in sides)
+    config = json.loads((out / "config.json").read_text())
+    assert config.pop("quantization_config")["quant_method"] == "compressed-tensors"
+    assert config == json.loads((source / "config.json").read_text())
+    assert not list(out.glob("*.part"))
+
+    assert [block["block"] for block in record.blocks] == [0, 1, 2]
+    assert all(len(block["digest"]) == len(solved) / 3 for block in record.blocks)
+    assert all(block["error_after"] < block["error_before"] for block in record.blocks), "nothing was learned"
+    assert record.file_bytes == sum(file.stat().st_size for file in out.glob("*.safetensors"))
+    assert Recipe.load(out / "recipe.json").method == "cl+sde+lwc"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_loads_what_was_written(family: str, tmp_path: Path, text: Path) -> None:
+    source = tiny_folder(family, tmp_path / "source")
+    out = tmp_path / "out"
+    quantize(small(source, out, text, method="rtn", eval=NOT_MEASURED))
+    model = loaded(out)
+    assert model.dtype == torch.bfloat16
+    for name, weight in weights_of(out).items():
+        assert torch.equal(model.get_parameter(name), weight), name
+    with torch.no_grad():
+        theirs = model(tokens(), use_cache=False).logits
+    torch.testing.assert_close(theirs, our_logits(out, tokens()))
+    assert not torch.equal(theirs, our_logits(source, tokens())), "the model is still the original"
+    embedding = model.get_input_embeddings().weight
+    tied = family in ("llama-tied", "gemma3", "opt")
+    assert (model.get_output_embeddings().weight is embedding) == tied
+    assert ("lm_head.weight" in tensors(out)) == ("lm_head.weight" in tensors(source))
+    assert AutoTokenizer.from_pretrained(out)("Zażółć")["input_ids"] == list("Zażółć".encode())
+
+
+@pytest.mark.parametrize("symmetric", [False, True], ids=["asym", "sym"])
+@pytest.mark.parametrize("group", [-1, 32])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_schemes(bits: int, group: int, symmetric: bool, llama: Path, tmp_path: Path, text: Path) -> None:
+    """Round-to-nearest is compressed-tensors' own, and transformers reads the same weights from every scheme's files."""
+    scheme = Scheme(bits=bits, group_size=group, symmetric=symmetric)
+    record = quantize(small(llama, tmp_path / "out", text, method="rtn", scheme=scheme, eval=NOT_MEASURED))
+    ours, original = weights_of(tmp_path / "out"), tensors(llama)
+    for name, weight in ours.items():
+        assert torch.equal(weight, reference(original[name], scheme)), name
+    sizes = [weight.numel() for weight in ours.values()]
+    groups = [weight.numel() // (weight.shape[1] if group == -1 else group) for weight in ours.values()]
+    expected = bits + sum(groups) * (16 + (0 if symmetric else bits)) / sum(sizes)
+    assert record.bits_per_weight == pytest.approx(expected, rel=1e-12)
+    theirs = loaded(tmp_path / "out")
+    for name, weight in ours.items():
+        assert torch.equal(theirs.get_parameter(name), weight), name
+
+
+def reference(weight: Tensor, scheme: Scheme) -> Tensor:
+    """Return what compressed-tensors makes of a bf16 weight that is rounded to the nearest point in float32."""
+    group = scheme.group_of(weight.shape[1], "w")
+    args = QuantizationArgs(
+        num_bits=scheme.bits,
+        symmetric=scheme.symmetric,
+        strategy=QuantizationStrategy.GROUP,
+        group_size=group,
+        scale_dtype=torch.bfloat16,
+    )
+    groups = weight.float().unflatten(1, (-1, group))
+    scale, zero = calculate_qparams(groups.amin(-1), groups.amax(-1), args)
+    return fake_quantize(weight.float(), scale.float(), zero, args).bfloat16()
+
+
+def test_evaluating_the_folder_gives_the_record(llama: Path, tmp_path: Path, text: Path) -> None:
+    other = a_text(tmp_path / "other.txt", 30)
+    wanted = Eval(datasets=(str(text), str(other)), seqlen=64, windows=(3, 2))
+    record = quantize(small(llama, tmp_path / "out", text, method="lwc", eval=wanted))
+    for folder, results in ((tmp_path / "out", record.perplexities), (llama, record.baselines)):
+        again = evaluate(str(folder), datasets=wanted.datasets, seqlen=64, windows=(3, 2), device="cpu")
+        assert [replace(result, seconds=0) for result in again] == [replace(result, seconds=0) for result in results]
+        assert [result.windows for result in results] == [3, 2]
+    assert record.perplexities[0].nll != record.baselines[0].nll
+    assert Record.load(tmp_path / "out") == record
+
+
+def test_only_the_chosen_blocks_change(llama: Path, tmp_path: Path, text: Path) -> None:
+    out = tmp_path / "out"
+    record = quantize(small(llama, out, text, blocks=(1, 2)))
+    assert [block["block"] for block in record.blocks] == [1]
+    before, after = tensors(llama), tensors(out)
+    chosen = {name for name in weights_of(out) if name.startswith("model.layers.1.")}
+    assert len(chosen) == 7
+    assert {name for name in before if name not in after} == chosen
+    assert all(same_bits(after[name], before[name]) for name in before.keys() - chosen)
+    ours = weights_of(out)
+    assert {name for name, weight in ours.items() if not torch.equal(weight, before[name])} == chosen
+    theirs = loaded(out)
+    assert all(torch.equal(theirs.get_parameter(name), weight) for name, weight in ours.items())
+
+
+def test_a_rate_of_zero_learns_nothing(llama: Path, tmp_path: Path, text: Path) -> None:
+    lwc = small(llama, tmp_path / "lwc", text, method="lwc", eval=NOT_MEASURED)
+    still = replace(lwc, method="lwc+sde", out=str(tmp_path / "still"), tune=replace(lwc.tune, rates={"sde": 0.0}))
+    moving = replace(still, out=str(tmp_path / "moving"), tune=lwc.tune)
+    assert quantize(lwc).digest == quantize(still).digest != quantize(moving).digest
+    ours, other = tensors(tmp_path / "lwc"), tensors(tmp_path / "still")
+    assert ours.keys() == other.keys()
+    assert all(same_bits(ours[name], other[name]) for name in ours)
+
+
+def test_sde_of_band_zero_is_lsi(llama: Path, tmp_path: Path, text: Path) -> None:
+    lsi = small(llama, tmp_path / "lsi", text, method="lsi", eval=NOT_MEASURED)
+    sde = replace(lsi, method="sde", out=str(tmp_path / "sde"), options={"sde": {"band": 0}})
+    assert quantize(lsi).digest == quantize(sde).digest
+    ours, other = tensors(tmp_path / "lsi"), tensors(tmp_path / "sde")
+    assert ours.keys() == other.keys()
+    assert all(same_bits(ours[name], other[name]) for name in ours)
+
+
+def test_a_result_can_be_quantized_again(llama: Path, tmp_path: Path, text: Path) -> None:
+    """A folder of ours is an ordinary model: at more bits per channel than it has, nothing of it is lost."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    quantize(small(llama, first, text, method="rtn", scheme=Scheme.parse("W2A16g16"), eval=NOT_MEASURED))
+    recipe = small(first, second, text, method="rtn", scheme=Scheme.parse("W8A16g32"), eval=NOT_MEASURED)
+    record = quantize(recipe)
+    assert torch.equal(our_logits(second, tokens()), our_logits(second, tokens()))
+    assert quantize(recipe) == record, "the folder belongs to this run, not to the one its source came from"
+    assert Record.load(first).digest != record.digest
+
+
+def test_preflight_writes_nothing(llama: Path, tmp_path: Path, text: Path) -> None:
+    said = preflight(small(llama, tmp_path / "out", text))
+    assert said.startswith("Solving 3 blocks will take about ") and "GB of memory" in said
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,208 @@
+"""A run may die at any instant: the same recipe goes on where it stopped, and ends with the same bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from makeweight import pipeline
+from makeweight.errors import UserError
+from makeweight.export.folder import MARKER, Folder
+from makeweight.pipeline import quantize
+from makeweight.recipe import Recipe
+from makeweight.report.record import FILE, Record
+from makeweight.sweep.run import Sweep
+from tests.runs import a_text, files, same_bits, small, tensors
+from tests.tiny import tiny_folder
+
+OWN = {FILE, "recipe.json"}
+"""Files that name their folder, and what the run cost."""
+
+
+class Killed(BaseException):
+    """What no handler of the program catches."""
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_folder("llama", tmp_path_factory.mktemp("source") / "llama")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return a_text(tmp_path_factory.mktemp("text") / "words.txt")
+
+
+@pytest.fixture(scope="module")
+def straight(llama: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that nothing disturbed."""
+    out = tmp_path_factory.mktemp("straight") / "out"
+    quantize(small(llama, out, text))
+    return out
+
+
+def kill(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, when: Callable[..., bool]) -> None:
+    """End the program where a method is called with arguments that `when` accepts."""
+    original = getattr(owner, name)
+
+    def dies(*args: Any, **kwargs: Any) -> Any:
+        if when(*args):
+            raise Killed
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, dies)
+
+
+def interrupted(recipe: Recipe, owner: Any, name: str, when: Callable[..., bool]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        kill(patch, owner, name, when)
+        with pytest.raises(Killed):
+            quantize(recipe)
+
+
+def solved(recipe: Recipe) -> list[int]:
+    """Run a recipe and return the blocks that it had to solve."""
+    seen: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        kill(patch, Sweep, "solve", lambda _, index, *rest: bool(seen.append(index)))
+        quantize(recipe)
+    return seen
+
+
+def the_same(ours: Path, other: Path) -> None:
+    """Check that two folders hold the same model: tensors first, which say more where they differ, then all bytes."""
+    for name, tensor in tensors(ours).items():
+        assert same_bits(tensor, tensors(other)[name]), name
+    mine, its = files(ours), files(other)
+    assert mine.keys() == its.keys()
+    assert [name for name in mine if mine[name] != its[name] and name not in OWN] == []
+    assert Record.load(ours).digest == Record.load(other).digest
+
+
+@pytest.mark.parametrize("block", [0, 1, 2])
+def test_killed_while_learning(block: int, llama: Path, text: Path, straight: Path, tmp_path: Path) -> None:
+    recipe = small(llama, tmp_path / "out", text)
+    interrupted(recipe, Sweep, "solve", lambda _, index, *rest: index == block)
+    assert not (tmp_path / "out" / "config.json").exists(), "half a model must not load"
+    assert solved(recipe) == list(range(block, 3))
+    the_same(tmp_path / "out", straight)
+
+
+@pytest.mark.parametrize("shard", [0, 2, 3])
+def test_killed_while_writing(shard: int, llama: Path, text: Path, straight: Path, tmp_path: Path) -> None:
+    recipe = small(llama, tmp_path / "out", text)
+    interrupted(recipe, Folder, "write", lambda _, index, *rest: index == shard)
+    left = tmp_path / "out" / f"model-{shard + 1:05d}-of-00004.part"
+    left.write_bytes(b"the first bytes of a shard")
+    assert solved(recipe) == list(range(max(0, shard - 1), 3))
+    the_same(tmp_path / "out", straight)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors.index.json", "recipe.json", "config.json"])
+def test_killed_while_finishing(file: str, llama: Path, text: Path, straight: Path, tmp_path: Path) -> None:
+    recipe = small(llama, tmp_path / "out", text)
+    interrupted(recipe, Folder, "write_text", lambda _, name, *rest: name == file)
+    assert solved(recipe) == []
+    the_same(tmp_path / "out", straight)
+
+
+def test_killed_while_evaluating(llama: Path, text: Path, straight: Path, tmp_path: Path) -> None:
+    recipe = small(llama, tmp_path / "out", text)
+    interrupted(recipe, pipeline, "evaluate", lambda *args: True)
+    assert solved(recipe) == []
+    the_same(tmp_path / "out", straight)
+
+
+def test_killed_before_the_marker(llama: Path, text: Path, straight: Path, tmp_path: Path) -> None:
+    recipe = small(llama, tmp_path / "out", text)
+    interrupted(recipe, Path, "replace", lambda path, *rest: path.name.startswith(MARKER))
+    assert solved(recipe) == [0, 1, 2]
+    the_same(tmp_path / "out", straight)
+
+
+def test_killed_twice_with_some_blocks_left_out(llama: Path, text: Path, tmp_path: Path) -> None:
+    recipe = small(llama, tmp_path / "out", text, blocks=(1, 3), method="lwc+cl")
+    interrupted(recipe, Sweep, "solve", lambda _, index, *rest: index == 2)
+    interrupted(recipe, Folder, "write", lambda _, index, *rest: index == 3)
+    assert solved(recipe) == [2]
+    quantize(replace(recipe, out=str(tmp_path / "straight")))
+    the_same(tmp_path / "out", tmp_path / "straight")
+
+
+def test_the_same_recipe_writes_the_same_bytes_and_another_seed_others(
+    llama: Path, text: Path, straight: Path, tmp_path: Path
+) -> None:
+    recipe = small(llama, tmp_path / "again", text)
+    quantize(recipe)
+    the_same(tmp_path / "again", straight)
+    other = quantize(replace(recipe, seed=1, out=str(tmp_path / "other")))
+    assert other.digest != Record.load(straight).digest
+
+
+def test_a_finished_run_is_not_run_again(llama: Path, text: Path, tmp_path: Path) -> None:
+    recipe = small(llama, tmp_path / "out", text, method="lwc")
+    record, before = quantize(recipe), files(tmp_path / "out")
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in ((Sweep, "solve"), (Folder, "write"), (pipeline, "evaluate")):
+            kill(patch, owner, name, lambda *args: True)
+        assert quantize(recipe) == record
+    assert files(tmp_path / "out") == before
+
+
+def refused(recipe: Recipe, folder: Path) -> str:
+    """Check that a run is refused in a sentence and that its folder is left as it was."""
+    before = files(folder)
+    with pytest.raises(UserError) as caught:
+        quantize(recipe)
+    assert files(folder) == before
+    return str(caught.value)
+
+
+def test_a_folder_of_another_run(llama: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    recipe = small(llama, out, text, method="lwc")
+    interrupted(recipe, Sweep, "solve", lambda _, index, *rest: index == 2)
+    others = (
+        replace(recipe, seed=1),
+        replace(recipe, method="lwc+cl"),
+        replace(recipe, options={"lwc": {"logit": 3.0}}),
+        replace(recipe, tune=replace(recipe.tune, steps=5)),
+        replace(recipe, model=str(tiny_folder("llama", tmp_path / "other", seed=1))),
+    )
+    for other in others:
+        assert f"{out} belongs to a run with another recipe or model" in refused(other, out)
+    assert solved(recipe) == [2]
+
+
+def test_a_folder_whose_text_has_changed(llama: Path, tmp_path: Path) -> None:
+    """Half of the blocks on one text and half on another is a model that no recipe describes."""
+    words = a_text(tmp_path / "words.txt")
+    recipe = small(llama, tmp_path / "out", words, method="lwc")
+    interrupted(recipe, Sweep, "solve", lambda _, index, *rest: index == 2)
+    words.write_text(words.read_text()[::-1])
+    refused(recipe, tmp_path / "out")
+
+
+def test_a_folder_of_something_else(llama: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.tex").write_text("years of work")
+    assert f"{out} already holds something else" in refused(small(llama, out, text), out)
+    assert "already holds something else" in refused(small(llama, llama, text), llama)
+    (out / "thesis.tex").unlink()
+    quantize(small(llama, out, text, method="rtn"))  # empty by now
+
+
+def test_evaluating_on_another_text_does_not_solve_again(llama: Path, text: Path, tmp_path: Path) -> None:
+    """What a folder is measured on decides none of its bytes, and the record speaks of what was asked for."""
+    recipe = small(llama, tmp_path / "out", text, method="lwc")
+    quantize(recipe)
+    other = replace(recipe, eval=replace(recipe.eval, datasets=(str(a_text(tmp_path / "other.txt", 30)),)))
+    with pytest.MonkeyPatch.context() as patch:
+        kill(patch, Sweep, "solve", lambda *args: True)
+        record = quantize(other)
+    assert [result.dataset for result in record.perplexities] == list(other.eval.datasets)
