@@ -15,6 +15,7 @@ from compressed_tensors.quantization.utils import calculate_qparams
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from makeweight import estimate
 from makeweight.evals.perplexity import evaluate
 from makeweight.models.load import open_checkpoint
 from makeweight.numerics.scheme import Scheme
@@ -27,6 +28,13 @@ from tests.tiny import tiny_folder
 FAMILIES = ("llama", "llama-tied", "qwen3", "gemma3", "opt", "phi3", "gpt-neox")
 PARTS = {"weight_packed", "weight_scale", "weight_shape", "weight_zero_point"}
 NOT_MEASURED = Eval(datasets=())
+
+
+@pytest.fixture(autouse=True)
+def known_rate(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spare every run but one the measurement behind its estimate."""
+    if "preflight" not in request.node.name:
+        monkeypatch.setattr(estimate, "matmul_rate", lambda device: 1e12)
 
 
 @pytest.fixture(scope="module")
@@ -183,12 +191,14 @@ def test_sde_of_band_zero_is_lsi(llama: Path, tmp_path: Path, text: Path) -> Non
 
 
 def test_a_result_can_be_quantized_again(llama: Path, tmp_path: Path, text: Path) -> None:
-    """A folder of ours is an ordinary model: at more bits per channel than it has, nothing of it is lost."""
+    """A folder of ours is an ordinary model; the marker and the records in it are not part of that model."""
     first, second = tmp_path / "first", tmp_path / "second"
     quantize(small(llama, first, text, method="rtn", scheme=Scheme.parse("W2A16g16"), eval=NOT_MEASURED))
     recipe = small(first, second, text, method="rtn", scheme=Scheme.parse("W8A16g32"), eval=NOT_MEASURED)
     record = quantize(recipe)
-    assert torch.equal(our_logits(second, tokens()), our_logits(second, tokens()))
+    before, after = weights_of(first), weights_of(second)
+    scheme = Scheme.parse("W8A16g32")
+    assert all(torch.equal(after[name], reference(before[name], scheme)) for name in before)
     assert quantize(recipe) == record, "the folder belongs to this run, not to the one its source came from"
     assert Record.load(first).digest != record.digest
 

@@ -9,22 +9,32 @@ from typing import Any
 
 import pytest
 
-from makeweight import pipeline
+from makeweight import estimate, pipeline
 from makeweight.errors import UserError
 from makeweight.export.folder import MARKER, Folder
 from makeweight.pipeline import quantize
-from makeweight.recipe import Recipe
-from makeweight.report.record import FILE, Record
+from makeweight.recipe import Eval, Recipe
+from makeweight.report.record import Record
 from makeweight.sweep.run import Sweep
 from tests.runs import a_text, files, same_bits, small, tensors
 from tests.tiny import tiny_folder
 
-OWN = {FILE, "recipe.json"}
-"""Files that name their folder, and what the run cost."""
+OTHERS = {"config.json", "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json"}
+"""Files besides the weights that do not depend on the folder's name and the run's seconds."""
 
 
 class Killed(BaseException):
     """What no handler of the program catches."""
+
+
+@pytest.fixture(autouse=True)
+def known_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spare every run the measurement behind its estimate."""
+    monkeypatch.setattr(estimate, "matmul_rate", lambda device: 1e12)
+
+
+def unmeasured(model: Path, out: Path, text: Path, **changes: Any) -> Recipe:
+    return small(model, out, text, eval=Eval(datasets=()), **changes)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +51,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def straight(llama: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that nothing disturbed."""
     out = tmp_path_factory.mktemp("straight") / "out"
-    quantize(small(llama, out, text))
+    quantize(unmeasured(llama, out, text))
     return out
 
 
@@ -78,14 +88,16 @@ def the_same(ours: Path, other: Path) -> None:
     for name, tensor in tensors(ours).items():
         assert same_bits(tensor, tensors(other)[name]), name
     mine, its = files(ours), files(other)
-    assert mine.keys() == its.keys()
-    assert [name for name in mine if mine[name] != its[name] and name not in OWN] == []
+    weights = {name for name in mine if name.endswith(".safetensors")}
+    assert weights == {name for name in its if name.endswith(".safetensors")}
+    assert [name for name in sorted(weights | OTHERS) if mine[name] != its[name]] == []
+    assert not any(name.endswith(".part") for name in mine)
     assert Record.load(ours).digest == Record.load(other).digest
 
 
 @pytest.mark.parametrize("block", [0, 1, 2])
 def test_killed_while_learning(block: int, llama: Path, text: Path, straight: Path, tmp_path: Path) -> None:
-    recipe = small(llama, tmp_path / "out", text)
+    recipe = unmeasured(llama, tmp_path / "out", text)
     interrupted(recipe, Sweep, "solve", lambda _, index, *rest: index == block)
     assert not (tmp_path / "out" / "config.json").exists(), "half a model must not load"
     assert solved(recipe) == list(range(block, 3))
@@ -94,7 +106,7 @@ def test_killed_while_learning(block: int, llama: Path, text: Path, straight: Pa
 
 @pytest.mark.parametrize("shard", [0, 2, 3])
 def test_killed_while_writing(shard: int, llama: Path, text: Path, straight: Path, tmp_path: Path) -> None:
-    recipe = small(llama, tmp_path / "out", text)
+    recipe = unmeasured(llama, tmp_path / "out", text)
     interrupted(recipe, Folder, "write", lambda _, index, *rest: index == shard)
     left = tmp_path / "out" / f"model-{shard + 1:05d}-of-00004.part"
     left.write_bytes(b"the first bytes of a shard")
@@ -104,7 +116,7 @@ def test_killed_while_writing(shard: int, llama: Path, text: Path, straight: Pat
 
 @pytest.mark.parametrize("file", ["model.safetensors.index.json", "recipe.json", "config.json"])
 def test_killed_while_finishing(file: str, llama: Path, text: Path, straight: Path, tmp_path: Path) -> None:
-    recipe = small(llama, tmp_path / "out", text)
+    recipe = unmeasured(llama, tmp_path / "out", text)
     interrupted(recipe, Folder, "write_text", lambda _, name, *rest: name == file)
     assert solved(recipe) == []
     the_same(tmp_path / "out", straight)
@@ -118,14 +130,14 @@ def test_killed_while_evaluating(llama: Path, text: Path, straight: Path, tmp_pa
 
 
 def test_killed_before_the_marker(llama: Path, text: Path, straight: Path, tmp_path: Path) -> None:
-    recipe = small(llama, tmp_path / "out", text)
+    recipe = unmeasured(llama, tmp_path / "out", text)
     interrupted(recipe, Path, "replace", lambda path, *rest: path.name.startswith(MARKER))
     assert solved(recipe) == [0, 1, 2]
     the_same(tmp_path / "out", straight)
 
 
 def test_killed_twice_with_some_blocks_left_out(llama: Path, text: Path, tmp_path: Path) -> None:
-    recipe = small(llama, tmp_path / "out", text, blocks=(1, 3), method="lwc+cl")
+    recipe = unmeasured(llama, tmp_path / "out", text, blocks=(1, 3), method="lwc+cl")
     interrupted(recipe, Sweep, "solve", lambda _, index, *rest: index == 2)
     interrupted(recipe, Folder, "write", lambda _, index, *rest: index == 3)
     assert solved(recipe) == [2]
@@ -136,7 +148,7 @@ def test_killed_twice_with_some_blocks_left_out(llama: Path, text: Path, tmp_pat
 def test_the_same_recipe_writes_the_same_bytes_and_another_seed_others(
     llama: Path, text: Path, straight: Path, tmp_path: Path
 ) -> None:
-    recipe = small(llama, tmp_path / "again", text)
+    recipe = unmeasured(llama, tmp_path / "again", text)
     quantize(recipe)
     the_same(tmp_path / "again", straight)
     other = quantize(replace(recipe, seed=1, out=str(tmp_path / "other")))
@@ -164,7 +176,7 @@ def refused(recipe: Recipe, folder: Path) -> str:
 
 def test_a_folder_of_another_run(llama: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    recipe = small(llama, out, text, method="lwc")
+    recipe = unmeasured(llama, out, text, method="lwc")
     interrupted(recipe, Sweep, "solve", lambda _, index, *rest: index == 2)
     others = (
         replace(recipe, seed=1),
@@ -181,7 +193,7 @@ def test_a_folder_of_another_run(llama: Path, text: Path, tmp_path: Path) -> Non
 def test_a_folder_whose_text_has_changed(llama: Path, tmp_path: Path) -> None:
     """Half of the blocks on one text and half on another is a model that no recipe describes."""
     words = a_text(tmp_path / "words.txt")
-    recipe = small(llama, tmp_path / "out", words, method="lwc")
+    recipe = unmeasured(llama, tmp_path / "out", words, method="lwc")
     interrupted(recipe, Sweep, "solve", lambda _, index, *rest: index == 2)
     words.write_text(words.read_text()[::-1])
     refused(recipe, tmp_path / "out")
@@ -191,10 +203,10 @@ def test_a_folder_of_something_else(llama: Path, text: Path, tmp_path: Path) -> 
     out = tmp_path / "out"
     out.mkdir()
     (out / "thesis.tex").write_text("years of work")
-    assert f"{out} already holds something else" in refused(small(llama, out, text), out)
-    assert "already holds something else" in refused(small(llama, llama, text), llama)
+    assert f"{out} already holds something else" in refused(unmeasured(llama, out, text), out)
+    assert "already holds something else" in refused(unmeasured(llama, llama, text), llama)
     (out / "thesis.tex").unlink()
-    quantize(small(llama, out, text, method="rtn"))  # empty by now
+    quantize(unmeasured(llama, out, text, method="rtn"))  # empty by now
 
 
 def test_evaluating_on_another_text_does_not_solve_again(llama: Path, text: Path, tmp_path: Path) -> None:

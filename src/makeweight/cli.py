@@ -182,9 +182,9 @@ def inspect(
 @app.command()
 def methods() -> None:
     """List every method with its stage and its source."""
-    from makeweight.methods.presets import PRESETS
+    from makeweight.methods.presets import zoo
 
-    rows = [(name, method.stage.name.lower(), method.summary, method.source) for name, method in PRESETS.items()]
+    rows = [(name, method.stage.name.lower(), method.summary, method.source) for name, method in zoo().items()]
     _print_table(("method", "stage", "what it does", "source"), rows)
 
 

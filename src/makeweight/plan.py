@@ -10,7 +10,7 @@ from makeweight.errors import UserError, did_you_mean
 from makeweight.methods.base import GridStep, LossStep, MapStep, Step
 from makeweight.methods.grid.clip import Rtn
 from makeweight.methods.loss.cross_layer import Mse
-from makeweight.methods.presets import PRESETS
+from makeweight.methods.presets import zoo
 from makeweight.methods.weight.sde import Sde
 from makeweight.recipe import Option, Recipe
 
@@ -47,11 +47,10 @@ def compose(
     setting, a repeated part, and parts that cannot stand together.
     """
     names = [part.strip().lower() for part in method.split("+")]
+    known = zoo()
     for name in names:
-        if name not in PRESETS:
-            raise UserError(
-                f"method {name!r} is unknown{did_you_mean(name, PRESETS)}: choose among {', '.join(PRESETS)}."
-            )
+        if name not in known:
+            raise UserError(f"method {name!r} is unknown{did_you_mean(name, known)}: choose among {', '.join(known)}.")
     if repeated := {name for name in names if names.count(name) > 1}:
         raise UserError(f"method {method!r} names {min(repeated)} twice: name each part once.")
     changes: dict[str, dict[str, Any]] = {name: dict(given) for name, given in (options or {}).items()}
@@ -62,8 +61,8 @@ def compose(
             raise UserError(
                 f"a setting is given for {name!r}, which is not part of {method!r}: add it or leave it out."
             )
-    steps = {name: _configured(name, PRESETS[name].step, changes.get(name, {})) for name in names}
-    names.sort(key=lambda name: PRESETS[name].stage)
+    steps = {name: _configured(name, known[name].step, changes.get(name, {})) for name in names}
+    names.sort(key=lambda name: known[name].stage)
     return _plan(method, {name: steps[name] for name in names})
 
 
@@ -130,4 +129,4 @@ def fits(description: Mapping[str, Any]) -> dict[str, str | None]:
 
     The methods so far change one matrix at a time and need nothing from the model but its linears.
     """
-    return dict.fromkeys(PRESETS)
+    return dict.fromkeys(zoo())

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from functools import cache
+from importlib.metadata import entry_points
+
+from makeweight.errors import UserError
 from makeweight.methods.base import Method
 from makeweight.methods.grid.clip import Lwc, Rtn
 from makeweight.methods.loss.cross_layer import CrossLayer
@@ -20,3 +24,17 @@ PRESETS: dict[str, Method] = {
         step=CrossLayer(), summary="judge a block's error two blocks later as well", source="arXiv 2407.15508"
     ),
 }
+
+
+@cache
+def zoo() -> dict[str, Method]:
+    """Return the table, with what installed packages add through the entry-point group `makeweight.methods`.
+
+    An entry point names a `Method`. Raises UserError where one has the name of a method that is already there.
+    """
+    found = dict(PRESETS)
+    for entry in entry_points(group="makeweight.methods"):
+        if entry.name in found:
+            raise UserError(f"two installed packages define the method {entry.name!r}: remove one of them.")
+        found[entry.name] = entry.load()
+    return found

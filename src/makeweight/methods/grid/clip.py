@@ -92,7 +92,7 @@ class Lwc(GridStep):
     """Learnable weight clipping; `logit` 4 starts the ranges at 0.982 of their width."""
 
     logit: float = 4.0
-    rate: float = 1e-2
+    rate: float = 0.2
 
     def build(self, state: State, context: Context) -> Grid:  # noqa: D102
         return ClipGrid(state, context, logit=self.logit, rate=self.rate)

@@ -84,7 +84,7 @@ class BandMap(Map):
 
     def learnables(self) -> Iterator[Learnables]:  # noqa: D102
         params = [p for core in self._cores() for p in (core.diagonals_WR, core.lead_KK) if p.numel()]
-        yield Learnables("sde", tuple(params), self.step.rate)
+        yield Learnables("sde", tuple(params), self.step.rate / (2 * self.step.band + 1) ** 0.5)
 
     def constrain(self) -> None:  # noqa: D102
         for core in self._cores():
@@ -98,15 +98,16 @@ class BandMap(Map):
 class Sde(MapStep):
     """Learn `band` diagonals on either side of the singular-value core's own.
 
-    `rate` is AdamW's step in units of each matrix's median singular value, so one value serves every model; `lead`
-    adds a dense block over the leading directions; `drift` bounds ||dW|| / ||W||.
+    `rate` is how far, relative to its norm, one AdamW step moves a weight: every entry of B moves by
+    rate / sqrt(2 band + 1) median singular values, so that one value serves every model and every band (LOG.md has
+    the sweep). `lead` adds a dense block over the leading directions; `drift` bounds ||dW|| / ||W||.
     """
 
     stage: ClassVar[Stage] = Stage.WEIGHT
-    band: int = 16
-    rate: float = 1e-3
+    band: int = 256
+    rate: float = 1e-2
     lead: int = 0
-    drift: float = 0.1
+    drift: float = 0.2
 
     def __post_init__(self) -> None:
         if self.band < 0 or self.lead < 0:
