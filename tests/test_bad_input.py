@@ -41,10 +41,10 @@ class Workplace:
         """Refuse a run of `lwc+sde+cl`; options in `more` win over its own."""
         source = str(text or self.text)
         words = ["--model", str(model or self.model), "--out", str(self.out), "--method", "lwc+sde+cl", "--device"]
-        words += "cpu --scheme W3A16g32 --nsamples 8 --seqlen 32 --steps 2 --dataset".split() + [source]
+        words += [*"cpu --scheme W3A16g32 --nsamples 8 --seqlen 32 --steps 2 --dataset".split(), source]
         # The window of 2048 tokens is longer than the tiny model: the recipe says 64.
         recipe = self.path / "eval.json"
-        values = {"model": "m", "out": "o", "eval": {"datasets": [str(self.text)], "seqlen": 64, "windows": 2}}
+        values = {"model": "./m", "out": "o", "eval": {"datasets": [str(self.text)], "seqlen": 64, "windows": 2}}
         recipe.write_text(json.dumps(values))
         return self.refused("quantize", "--recipe", str(recipe), *words, *more)
 
@@ -183,19 +183,19 @@ def test_an_output_folder_that_cannot_be_made(work: Workplace) -> None:
         ("{", "is not JSON"),
         ("[1]", "is not a table of names and values"),
         ("{}", "does not say 'model'"),
-        ('{"model": "m"}', "does not say 'out'"),
-        ('{"model": "m", "out": "o", "methd": "lwc"}', "'methd' (did you mean 'method'?)"),
+        ('{"model": "./m"}', "does not say 'out'"),
+        ('{"model": "./m", "out": "o", "meth_od": "lwc"}', "'meth_od' (did you mean 'method'?)"),
         ('{"model": 3, "out": "o"}', "model=3"),
-        ('{"model": "m", "out": "o", "scheme": "W3B16"}', "scheme 'W3B16' is not understood"),
-        ('{"model": "m", "out": "o", "scheme": {"bits": 9}}', "choose 2 to 8"),
-        ('{"model": "m", "out": "o", "tune": {"steps": "many"}}', "tune.steps='many' is not a whole number"),
-        ('{"model": "m", "out": "o", "tune": {"rates": {"sde": NaN}}}', "tune.rates.sde=nan is not a rate"),
-        ('{"model": "m", "out": "o", "blocks": [2, 1]}', "blocks 2:1 is empty"),
-        ('{"model": "m", "out": "o", "eval": {"datasets": "wikitext2"}}', "eval.datasets='wikitext2' is not a list"),
-        ('{"model": "m", "out": "o", "eval": {"windows": 2.5}}', "eval.windows=2.5"),
-        ('{"model": "m", "out": "o", "eval": {"windows": ""}}', "eval.windows=''"),
-        ('{"model": "m", "out": "o", "eval": {"windows": [1, 2, 3]}}', "does not fit 2 texts"),
-        ('{"model": "m", "out": "o", "options": {"sde": 3}}', "options.sde is 3"),
+        ('{"model": "./m", "out": "o", "scheme": "W3B16"}', "scheme 'W3B16' is not understood"),
+        ('{"model": "./m", "out": "o", "scheme": {"bits": 9}}', "choose 2 to 8"),
+        ('{"model": "./m", "out": "o", "tune": {"steps": "many"}}', "tune.steps='many' is not a whole number"),
+        ('{"model": "./m", "out": "o", "tune": {"rates": {"sde": NaN}}}', "tune.rates.sde=nan is not a rate"),
+        ('{"model": "./m", "out": "o", "blocks": [2, 1]}', "blocks 2:1 is empty"),
+        ('{"model": "./m", "out": "o", "eval": {"datasets": "wikitext2"}}', "eval.datasets='wikitext2' is not a list"),
+        ('{"model": "./m", "out": "o", "eval": {"windows": 2.5}}', "eval.windows=2.5"),
+        ('{"model": "./m", "out": "o", "eval": {"windows": ""}}', "eval.windows=''"),
+        ('{"model": "./m", "out": "o", "eval": {"windows": [1, 2, 3]}}', "does not fit 2 texts"),
+        ('{"model": "./m", "out": "o", "options": {"sde": 3}}', "options.sde is 3"),
     ],
 )
 def test_bad_recipes(work: Workplace, text: str, says: str) -> None:

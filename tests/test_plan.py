@@ -18,7 +18,7 @@ from makeweight.models.inspect import describe
 from makeweight.models.load import open_checkpoint
 from makeweight.numerics.scheme import Scheme
 from makeweight.plan import check, compose, fits
-from makeweight.recipe import Calib, Recipe
+from makeweight.recipe import Calib, Eval, Recipe
 from tests.tiny import tiny_folder
 
 
@@ -106,7 +106,7 @@ def test_impossible_methods(method: str, says: str) -> None:
         ("sde", {"sde": {"bnad": 3}}, "sde has no setting 'bnad' (did you mean 'band'?)"),
         ("sde", {"sde": {"zzz": 3}}, "it has band, rate, lead, drift"),
         ("rtn", {"rtn": {"rate": 1.0}}, "rtn has no setting 'rate': it has none"),
-        ("sde", {"sde": {"band": "wide"}}, "sde.band='wide' is not possible: give a value like 16"),
+        ("sde", {"sde": {"band": "wide"}}, f"sde.band='wide' is not possible: give a value like {Sde().band}"),
         ("sde", {"sde": {"band": 2.5}}, "sde.band=2.5 is not possible"),
         ("sde", {"sde": {"band": True}}, "sde.band=True is not possible"),
         ("sde", {"sde": {"drift": True}}, "sde.drift=True is not possible"),
@@ -134,7 +134,7 @@ def ckpt(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 
 def checked(ckpt: Checkpoint, scheme: str = "W3A16g32", method: str = "lwc", **changes: Any) -> range:
-    values: dict[str, Any] = {"calib": Calib(seqlen=256), **changes}
+    values: dict[str, Any] = {"calib": Calib(seqlen=256), "eval": Eval(seqlen=256), **changes}
     recipe = Recipe(model="tiny", out="out", method=method, scheme=Scheme.parse(scheme), **values)
     return check(compose(method), recipe, ckpt)
 
@@ -177,6 +177,12 @@ def test_samples_longer_than_the_model(ckpt: Checkpoint) -> None:
     with pytest.raises(UserError, match="seqlen 257 is longer than the 256 positions of tiny: give 256 or less"):
         checked(ckpt, calib=long)
     assert checked(ckpt, method="rtn", calib=long) == range(3), "nothing is calibrated, so no length matters"
+
+
+def test_windows_longer_than_the_model(ckpt: Checkpoint) -> None:
+    with pytest.raises(UserError, match="seqlen 257 is longer than the 256 positions of tiny: give 256 or less"):
+        checked(ckpt, eval=Eval(seqlen=257))
+    assert checked(ckpt, eval=Eval(seqlen=257, datasets=())) == range(3), "nothing is evaluated, so no length matters"
 
 
 def test_fits_speaks_of_every_method(ckpt: Checkpoint, tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def known_rate(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def unmeasured(model: Path, out: Path, text: Path, **changes: Any) -> Recipe:
-    return small(model, out, text, eval=Eval(datasets=()), **changes)
+    return small(model, out, text, eval=Eval(datasets=(), seqlen=64), **changes)
 
 
 @pytest.fixture(scope="module")

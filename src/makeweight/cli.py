@@ -106,6 +106,7 @@ def quantize(
         list[str] | None, typer.Option(metavar="NAME", help="Text to evaluate on; repeat for more.")
     ] = None,
     eval_windows: Annotated[int | None, typer.Option(help="Evaluate on the first windows only.")] = None,
+    eval_seqlen: Annotated[int | None, typer.Option(help="Tokens per window of evaluation [2048].")] = None,
     out: Annotated[str | None, typer.Option("--out", "--output-dir", help="Folder to write.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of sampling and training [0].")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda [auto].")] = None,
@@ -127,7 +128,7 @@ def quantize(
         blocks=parse_blocks(blocks) if blocks is not None else None,
         calib=_with(base.calib, dataset=dataset, nsamples=nsamples, seqlen=seqlen),
         tune=_with(base.tune, steps=steps, batch_size=batch_size, device=device, rates=_rates(base, lr)),
-        eval=_with(base.eval, datasets=tuple(eval_dataset) if eval_dataset else None, windows=eval_windows),
+        eval=_with(base.eval, datasets=_names(eval_dataset), windows=eval_windows, seqlen=eval_seqlen),
         out=out,
         seed=seed,
         options=_options(base, option),
@@ -230,6 +231,10 @@ def _scheme(
 def _long(scheme: Scheme) -> str:
     group = "one scale per channel" if scheme.group_size == -1 else f"groups of {scheme.group_size}"
     return f"{scheme.bits} bits, {group}, {'symmetric' if scheme.symmetric else 'asymmetric'}"
+
+
+def _names(given: list[str] | None) -> tuple[str, ...] | None:
+    return tuple(given) if given else None
 
 
 def _rates(base: Recipe, given: list[str] | None) -> dict[str, float] | None:

@@ -18,7 +18,7 @@ from makeweight.calib.data import calibration_tokens, evaluation_texts
 from makeweight.estimate import Estimate, estimate
 from makeweight.evals.perplexity import Perplexity, evaluate
 from makeweight.export import compressed_tensors
-from makeweight.export.folder import Folder
+from makeweight.export.folder import OWN, Folder
 from makeweight.methods.base import Context
 from makeweight.models import packed
 from makeweight.models.checkpoint import Checkpoint
@@ -41,14 +41,16 @@ def quantize(recipe: Recipe) -> Record:
     keep_freed_memory()
     job = Job.prepare(recipe)
     folder = Folder.claim(recipe.out, identity=job.identity(), shards=job.ckpt.n_blocks + 1)
-    if folder.done:
-        return Record.load(folder.path)
-    print(job.estimate.sentence(), file=sys.stderr)
-    start = time.perf_counter()
-    job.solve(folder)
-    solve_seconds = time.perf_counter() - start
-    folder.finish(job.config(), job.ckpt.side_files(), {"recipe.json": recipe.to_json()})
-    return job.record(folder, solve_seconds)
+    if not folder.done:
+        print(job.estimate.sentence(), file=sys.stderr)
+        job.solve(folder)
+        files = [file for file in job.ckpt.side_files() if file.name not in OWN]
+        folder.finish(job.config(), files, {"recipe.json": recipe.to_json()})
+    elif (folder.path / FILE).is_file():
+        record = Record.load(folder.path)
+        if record.recipe["eval"] == recipe_data(recipe)["eval"]:
+            return record
+    return job.record(folder)
 
 
 def preflight(recipe: Recipe) -> str:
@@ -75,6 +77,7 @@ class Job:
         device = find_device(recipe.tune.device)
         ckpt = open_checkpoint(recipe.model, trust_remote_code=recipe.trust_remote_code)
         blocks = check(plan, recipe, ckpt)
+        ckpt.check_sound()
         tokenizer = ckpt.tokenizer()
         evaluation_texts(tokenizer, recipe.eval.datasets, seqlen=recipe.eval.seqlen, windows=recipe.eval.windows)
         tokens_NT = None
@@ -100,7 +103,8 @@ class Job:
             del data[name]
         # The plan holds every setting that the recipe leaves to its default: a release may change one.
         text = json.dumps([data, repr(self.plan), self.ckpt.fingerprint(), __version__], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+        tokens = b"" if self.tokens_NT is None else self.tokens_NT.numpy().tobytes()
+        return hashlib.sha256(text.encode() + tokens).hexdigest()
 
     def solver(self) -> Solver:
         """Return what solves one block."""
@@ -147,9 +151,9 @@ class Job:
 
     def _round(self, solver: Solver, index: int) -> tuple[dict[str, QTensor], dict[str, Any]]:
         """Solve a block with nothing to learn."""
-        state = self.ckpt.block_state(index, torch.float32)
+        start, state = time.perf_counter(), self.ckpt.block_state(index, torch.float32)
         linears = {name: state[f"{name}.weight"] for name in self.ckpt.linears()}
-        return solver.round(linears)[1], {}
+        return solver.round(linears)[1], {"seconds": time.perf_counter() - start}
 
     def _stored(self, index: int) -> dict[str, torch.Tensor]:
         """Return a block's tensors under their names in the file, bit for bit."""
@@ -190,7 +194,7 @@ class Job:
         config["quantization_config"] = compressed_tensors.quantization_config(self.recipe.scheme, ignore)
         return config
 
-    def record(self, folder: Folder, solve_seconds: float) -> Record:
+    def record(self, folder: Folder) -> Record:
         """Evaluate the written folder and write the record."""
         start, recipe = time.perf_counter(), self.recipe
         perplexities = measure(str(folder.path), recipe.eval, recipe.tune.device, "evaluating the result")
@@ -215,7 +219,7 @@ class Job:
             blocks=reports,
             machine=machine(self.device),
             cost=Cost(
-                solve_seconds=solve_seconds,
+                solve_seconds=sum(report["seconds"] for report in reports),
                 evaluate_seconds=time.perf_counter() - start,
                 peak_memory_bytes=peak_memory(),
                 peak_gpu_bytes=torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0,

@@ -117,10 +117,15 @@ def check(plan: Plan, recipe: Recipe, ckpt: Checkpoint) -> range:
         for name, (_, width) in ckpt.linear_shapes(index).items():
             recipe.scheme.group_of(width, f"{ckpt.block_module_path(index)}.{name}")
     limit = getattr(ckpt.config.get_text_config(), "max_position_embeddings", None)
-    if plan.learns and isinstance(limit, int) and recipe.calib.seqlen > limit:
-        raise UserError(
-            f"seqlen {recipe.calib.seqlen} is longer than the {limit} positions of {ckpt.name}: give {limit} or less."
-        )
+    wanted = {
+        "seqlen": recipe.calib.seqlen if plan.learns else 0,
+        "eval seqlen": recipe.eval.seqlen if recipe.eval.datasets else 0,
+    }
+    for name, length in wanted.items():
+        if isinstance(limit, int) and length > limit:
+            raise UserError(
+                f"{name} {length} is longer than the {limit} positions of {ckpt.name}: give {limit} or less."
+            )
     return blocks
 
 

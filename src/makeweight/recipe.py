@@ -82,8 +82,9 @@ class Eval:
             object.__setattr__(self, "windows", tuple(self.windows))
             if len(self.windows) != len(self.datasets):
                 raise UserError(f"eval.windows={self.windows!r} does not fit {len(self.datasets)} texts: one each.")
-        for count in (self.windows,) if isinstance(self.windows, int) else self.windows or ():
-            _whole("eval.windows", count, least=1)
+        for count in self.windows if isinstance(self.windows, tuple) else (self.windows,):
+            if count is not None:
+                _whole("eval.windows", count, least=1)
         _flag("eval.baseline", self.baseline)
         object.__setattr__(self, "datasets", tuple(self.datasets))
 

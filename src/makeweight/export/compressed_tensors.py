@@ -61,5 +61,8 @@ def quantization_config(scheme: Scheme, ignore: Sequence[str]) -> dict[str, Any]
         "config_groups": {"group_0": group},
         "ignore": list(ignore),
         "kv_cache_scheme": None,
+        # transformers would otherwise keep linears packed, for which compressed-tensors 0.20 expects zero-points that
+        # are not; unpacked at loading, every scheme arrives bit for bit. Other runtimes ignore this key.
+        "dequantize": True,
         "version": VERSION,
     }

@@ -18,6 +18,9 @@ from torch import Tensor
 from makeweight.errors import UserError
 
 MARKER = "makeweight.json"
+REPORTS = "blocks.json"
+OWN = (MARKER, REPORTS, "recipe.json", "record.json")
+"""What a run adds to a folder besides the model; a model quantized again must not pass them on."""
 INDEX = "model.safetensors.index.json"
 
 
@@ -36,9 +39,15 @@ class Folder:
         folder = cls(Path(path).expanduser(), shards)
         found = folder.marker()
         if found is None:
-            if folder.path.exists() and (not folder.path.is_dir() or any(folder.path.iterdir())):
+            try:
+                folder.path.mkdir(parents=True, exist_ok=True)
+                strangers = {item.name for item in folder.path.iterdir()} - {f"{MARKER}.part"}
+            except FileExistsError:
+                strangers = {folder.path.name}
+            except OSError as error:
+                raise UserError(f"{path} cannot be made a folder ({error.strerror}): give another --out.") from error
+            if strangers:
                 raise UserError(f"{folder.path} already holds something else: give a new or an empty folder as --out.")
-            folder.path.mkdir(parents=True, exist_ok=True)
             folder._write_json(MARKER, {"identity": identity, "done": False})
         elif found.get("identity") != identity:
             raise UserError(
@@ -48,11 +57,7 @@ class Folder:
 
     def marker(self) -> dict[str, Any] | None:
         """Return what the folder's marker says, or None where there is none."""
-        try:
-            found = json.loads((self.path / MARKER).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
-        return found if isinstance(found, dict) else None
+        return _read_json(self.path / MARKER)
 
     @property
     def done(self) -> bool:
@@ -64,22 +69,23 @@ class Folder:
         return self.path / f"model-{index + 1:05d}-of-{self.shards:05d}.safetensors"
 
     def write(self, index: int, tensors: Mapping[str, Tensor], report: Mapping[str, Any]) -> None:
-        """Write a shard with a JSON report in its metadata; it appears whole or not at all."""
+        """Write a shard, which appears whole or not at all, after its JSON report.
+
+        The report lies beside the shard and not in it: it holds times, and equal runs write equal shards.
+        """
         from safetensors.torch import save_file
 
+        self._write_json(REPORTS, {**self._reports(), str(index): report})
         part = self.shard(index).with_suffix(".part")
-        metadata = {"format": "pt", "makeweight": json.dumps(report, sort_keys=True)}
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, part, metadata=metadata)
+        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, part, {"format": "pt"})
         _settle(part, self.shard(index))
+
+    def _reports(self) -> dict[str, Any]:
+        return _read_json(self.path / REPORTS) or {}
 
     def report(self, index: int) -> dict[str, Any] | None:
         """Return the report of a finished shard, or None where it has not been written."""
-        from safetensors import safe_open
-
-        if not self.shard(index).is_file():
-            return None
-        with safe_open(self.shard(index), framework="pt") as handle:
-            return json.loads((handle.metadata() or {})["makeweight"])
+        return self._reports().get(str(index)) if self.shard(index).is_file() else None
 
     def read(self, index: int) -> dict[str, Tensor]:
         """Return the tensors of a finished shard."""
@@ -116,6 +122,14 @@ class Folder:
 
     def _write_json(self, name: str, value: Mapping[str, Any]) -> None:
         self.write_text(name, json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def _read_json(file: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _settle(part: Path, final: Path) -> None:

@@ -37,11 +37,15 @@ class Context:
 
 @dataclass(frozen=True)
 class Learnables:
-    """Parameters that share a learning rate, under the name that reports and overrides use."""
+    """Parameters that share a learning rate, under the name that reports and overrides use.
+
+    The optimiser's rate is `rate`, which the user sees and sets, times `unit`, which the map derives from shapes.
+    """
 
     name: str
     params: tuple[nn.Parameter, ...]
     rate: float
+    unit: float = 1.0
 
 
 class Map(nn.Module, ABC):

@@ -187,13 +187,20 @@ class Checkpoint:
         """
         state: dict[str, Tensor] = {}
         for name, stored in self.block_names(i).items():
-            tensor = self._read(stored)
-            if tensor.is_floating_point():
-                if not bool(torch.isfinite(tensor).all()):
-                    raise UserError(f"{stored} in {self.path} holds NaN or infinite weights: give a sound checkpoint.")
-                tensor = tensor if dtype is None else tensor.to(dtype)
-            state[name] = tensor
+            tensor = self._sound(stored)
+            state[name] = tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
         return state
+
+    def _sound(self, stored: str) -> Tensor:
+        tensor = self._read(stored)
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise UserError(f"{stored} in {self.path} holds NaN or infinite weights: give a sound checkpoint.")
+        return tensor
+
+    def check_sound(self) -> None:
+        """Read every tensor once, and raise `UserError` naming the first with a NaN or an infinity."""
+        for stored in self._names:
+            self._sound(stored)
 
     def load_block(self, skeleton: nn.Module, i: int, device: torch.device | str = "cpu") -> nn.Module:
         """Give block `i` of the skeleton its weights, in `self.dtype` on `device`, and return the block."""

@@ -59,6 +59,8 @@ def decode(parts: Mapping[str, Tensor], bits: tuple[int, ...], name: str) -> Ten
     groups = scale_OG.shape[1]
     group_I = parts.get("weight_g_idx", torch.arange(width) // (width // groups)).long()
     if "weight_zero_point" in parts:
-        zero_OG = unpack_from_int32(parts["weight_zero_point"], fits[0], torch.Size((height, groups)), packed_dim=0)
+        # Unpacked as rows: compressed-tensors 0.20 misreads a single packed row along dimension 0.
+        zero_GO = parts["weight_zero_point"].T.clone(memory_format=torch.contiguous_format)
+        zero_OG = unpack_from_int32(zero_GO, fits[0], torch.Size((groups, height))).T
         codes_OI = codes_OI - zero_OG.float()[:, group_I]
     return codes_OI * scale_OG[:, group_I]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch._C import _LinAlgError as LinAlgError
+
+LinAlgError = torch.linalg.LinAlgError  # pyright: ignore[reportPrivateImportUsage]
 
 
 def thin_svd(matrix_OI: Tensor) -> tuple[Tensor, Tensor, Tensor]:

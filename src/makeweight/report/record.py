@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -53,10 +54,10 @@ class Record:
         pairs = [(result, before[result.dataset]) for result in self.perplexities if result.dataset in before]
         if not pairs:
             return ""
-        worst, original = max(pairs, key=lambda pair: pair[0].perplexity / pair[1].perplexity)
-        ratio = worst.perplexity / original.perplexity
+        worst, original = max(pairs, key=_ratio)
+        ratio = _ratio((worst, original))
         where = f"perplexity on {worst.dataset} went from {original.perplexity:.2f} to {worst.perplexity:.2f}"
-        if not ratio < BROKEN:
+        if ratio >= BROKEN:
             return f"This model is broken: {where}. Use more bits, smaller groups or a stronger method."
         if ratio > POOR:
             return f"This model is noticeably worse than the original: {where}."
@@ -73,6 +74,12 @@ class Record:
         for name in ("perplexities", "baselines"):
             data[name] = tuple(Perplexity(**item) for item in data[name])
         return cls(**{**data, "blocks": tuple(data["blocks"]), "cost": Cost(**data["cost"])})
+
+
+def _ratio(pair: tuple[Perplexity, Perplexity]) -> float:
+    """Return after / before, infinite where the original is broken itself."""
+    ratio = pair[0].perplexity / pair[1].perplexity
+    return math.inf if math.isnan(ratio) else ratio
 
 
 def recipe_data(recipe: Recipe) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from makeweight.evals.perplexity import Perplexity
@@ -27,13 +28,13 @@ def compare(records: Sequence[Record], console: Console | None = None) -> None:
     names = [result.dataset for result in (baselines or records[0].perplexities)]
     table = Table(box=box.SIMPLE_HEAD)
     for column in ("", *(f"ppl {_short(name)}" for name in names), "bits/weight", "file MB", "seconds", "peak MB"):
-        table.add_column(column, justify="right" if column else "left", overflow="fold")
+        table.add_column(escape(column), justify="right" if column else "left", overflow="fold")
     if baselines:
         size = f"{records[0].source_bytes / 1e6:.1f}"
         table.add_row("original", *_cells(baselines, names), "16", size, "", "")
     for record in records:
         table.add_row(
-            f"{record.method}",
+            escape(record.method),
             *_cells(record.perplexities, names),
             f"{record.bits_per_weight:.2f}",
             f"{record.file_bytes / 1e6:.1f}",

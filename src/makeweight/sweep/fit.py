@@ -57,8 +57,9 @@ class FitReport:
 def make_optimizer(chain: Chain) -> torch.optim.Optimizer:
     """Return AdamW over what a chain learns, without weight decay; `base_rate` keeps each group's own rate."""
     # Losses are relative errors of a few percent spread over many parameters: gradients near AdamW's usual eps.
-    groups = [{"params": list(g.params), "lr": g.rate, "base_rate": g.rate} for g in chain.learnables()]
-    return torch.optim.AdamW(groups, weight_decay=0.0, eps=1e-12)
+    groups = [(list(group.params), group.rate * group.unit) for group in chain.learnables()]
+    named = [{"params": params, "lr": rate, "base_rate": rate} for params, rate in groups]
+    return torch.optim.AdamW(named, weight_decay=0.0, eps=1e-12)
 
 
 class Fit:

@@ -1,0 +1,175 @@
+"""A folder belongs to one run, and each of its files is whole or absent."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from makeweight.errors import UserError
+from makeweight.export.folder import INDEX, MARKER, Folder
+from tests.runs import files, same_bits
+
+TENSORS: dict[str, Tensor] = {
+    "b.weight": torch.arange(12.0).view(3, 4).bfloat16(),
+    "a.turned": torch.arange(12.0).view(3, 4).T,
+    "c.packed": torch.tensor([[-(2**31), 2**31 - 1]], dtype=torch.int32),
+    "c.shape": torch.tensor([3, 4]),
+    "d.nothing": torch.zeros(0, 4),
+}
+REPORT: dict[str, Any] = {"error_after": 0.1 + 0.2, "digest": {"a": "00ff"}, "bits": {"a": [3.25, 12]}}
+
+
+def claim(path: Path | str, identity: str = "mine", shards: int = 2) -> Folder:
+    return Folder.claim(path, identity=identity, shards=shards)
+
+
+def refused(path: Path, identity: str = "mine") -> str:
+    before = files(path.parent)
+    with pytest.raises(UserError) as caught:
+        claim(path, identity)
+    assert files(path.parent) == before
+    assert str(path) in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_new_folder_is_claimed_and_goes_on(tmp_path: Path) -> None:
+    folder = claim(tmp_path / "deep" / "down" / "out")
+    assert folder.path.is_dir() and not folder.done
+    assert folder.report(0) is None and folder.report(1) is None
+    before = files(folder.path)
+    again = claim(folder.path)
+    assert not again.done and files(folder.path) == before
+    (tmp_path / "empty").mkdir()
+    assert not claim(tmp_path / "empty").done
+
+
+def test_the_home_folder_has_a_short_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert claim("~/out").path == tmp_path / "out"
+    assert not (tmp_path / "~").exists()
+
+
+def test_a_folder_of_another_run(tmp_path: Path) -> None:
+    claim(tmp_path / "out", "theirs")
+    assert "belongs to a run with another recipe or model" in refused(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["config.json", ".hidden", "model-00001-of-00002.safetensors"])
+def test_a_folder_of_something_else(name: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / name).write_text("precious")
+    assert "already holds something else" in refused(out)
+
+
+def test_a_file_in_the_place_of_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("precious")
+    assert "already holds something else" in refused(tmp_path / "out")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "{}", '{"identity": 3}', "\x00"])
+def test_a_marker_that_is_not_ours(text: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / MARKER).write_text(text)
+    refused(out)
+
+
+def test_a_shard_comes_back(tmp_path: Path) -> None:
+    folder = claim(tmp_path / "out")
+    folder.write(1, TENSORS, REPORT)
+    assert folder.report(0) is None
+    assert folder.report(1) == REPORT
+    found = folder.read(1)
+    assert found.keys() == TENSORS.keys()
+    assert all(same_bits(found[name], tensor) for name, tensor in TENSORS.items())
+    assert folder.shard(1).name == "model-00002-of-00002.safetensors"
+    assert claim(tmp_path / "out").report(1) == REPORT
+
+
+def test_the_same_shard_has_the_same_bytes(tmp_path: Path) -> None:
+    """Whatever order tensors come in, and however often it is written."""
+    folder = claim(tmp_path / "out", shards=40)
+    for index in range(0, 40, 2):
+        folder.write(index, TENSORS, REPORT)
+        folder.write(index + 1, dict(reversed(TENSORS.items())), dict(reversed(REPORT.items())))
+    assert len({folder.shard(index).read_bytes() for index in range(40)}) == 1
+
+
+def test_files_are_as_readable_as_any_other(tmp_path: Path) -> None:
+    folder = claim(tmp_path / "out")
+    old = os.umask(0o027)
+    try:
+        folder.write(0, TENSORS, {})
+    finally:
+        os.umask(old)
+    assert stat.S_IMODE(folder.shard(0).stat().st_mode) == 0o640
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_a_shard_is_whole_or_absent(step: str, tmp_path: Path) -> None:
+    folder = claim(tmp_path / "out")
+    folder.write(0, TENSORS, REPORT)
+    before = folder.shard(0).read_bytes()
+
+    def fail(*args: object) -> None:
+        raise OSError("no space left")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(*((os, "fsync", fail) if step == "fsync" else (Path, "replace", fail)))
+        for index in (0, 1):
+            with pytest.raises(OSError, match="no space left"):
+                folder.write(index, {"other": torch.zeros(2)}, {"other": 1})
+        with pytest.raises(OSError, match="no space left"):
+            folder.write_text("words.txt", "some")
+    assert folder.shard(0).read_bytes() == before and folder.report(0) == REPORT
+    assert folder.report(1) is None and not (folder.path / "words.txt").exists()
+    folder.write(1, TENSORS, REPORT)
+    folder.write_text("words.txt", "some")
+    assert folder.read(1).keys() == TENSORS.keys() and (folder.path / "words.txt").read_text() == "some"
+
+
+def test_finishing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "tokenizer.json"
+    source.write_bytes(b'{"crlf": true}\r\n\xff')
+    folder = claim(tmp_path / "out")
+    folder.write(0, {"embed": torch.ones(2, 2)}, {})
+    folder.write(1, {"up.weight": torch.ones(3), "down.weight": torch.zeros(3)}, REPORT)
+    order: list[str] = []
+    write_text = Folder.write_text
+
+    def spy(self: Folder, name: str, text: str) -> None:
+        order.append(name)
+        assert not self.done and (name == MARKER or not (self.path / "config.json").exists())
+        write_text(self, name, text)
+
+    monkeypatch.setattr(Folder, "write_text", spy)
+    folder.finish({"model_type": "none", "a": "é"}, [source], {"recipe.json": "the recipe\n"})
+    assert order[-2:] == ["config.json", MARKER], "config.json, without which nothing loads the folder, comes last"
+    assert folder.done and claim(folder.path).done
+    with pytest.raises(UserError):
+        claim(folder.path, "theirs")
+    assert (folder.path / "tokenizer.json").read_bytes() == source.read_bytes()
+    assert (folder.path / "recipe.json").read_text() == "the recipe\n"
+    assert json.loads((folder.path / "config.json").read_text()) == {"model_type": "none", "a": "é"}
+    index = json.loads((folder.path / INDEX).read_text())
+    first, second = folder.shard(0).name, folder.shard(1).name
+    assert index["weight_map"] == {"embed": first, "up.weight": second, "down.weight": second}
+    assert folder.size() == sum(path.stat().st_size for path in folder.path.glob("*.safetensors"))
+    assert not list(folder.path.glob("*.part"))
+
+
+def test_finishing_without_a_shard_fails(tmp_path: Path) -> None:
+    folder = claim(tmp_path / "out")
+    folder.write(0, TENSORS, {})
+    with pytest.raises(FileNotFoundError):
+        folder.finish({}, [], {})
+    assert not folder.done and not (folder.path / "config.json").exists()
