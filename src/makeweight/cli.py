@@ -93,7 +93,7 @@ def quantize(
     scheme: Annotated[str | None, typer.Option(help="Shorthand for these three, as in W3A16g64.")] = None,
     scale_dtype: Annotated[str | None, typer.Option(help="auto, bfloat16, float16 or float32.")] = None,
     blocks: Annotated[str | None, typer.Option(help="Quantize these blocks only, as in 0:8.")] = None,
-    dataset: Annotated[str | None, typer.Option(help="Calibration text [python-docs].")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Calibration text [pile-10k].")] = None,
     nsamples: Annotated[int | None, typer.Option(help="Calibration samples [128].")] = None,
     seqlen: Annotated[int | None, typer.Option(help="Tokens per sample [2048].")] = None,
     steps: Annotated[int | None, typer.Option("--steps", "--iters", help="Per block [200].")] = None,
@@ -151,12 +151,20 @@ def evaluate(
     seqlen: Annotated[int, typer.Option(help="Tokens per window.", min=2)] = 2048,
     windows: Annotated[int | None, typer.Option(help="The first windows only [all].", min=1)] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
 ) -> None:
     """Measure the perplexity of a model on texts."""
     from makeweight.evals.perplexity import evaluate as measure
 
     names = tuple(dataset) if dataset else (TEXT,)
-    results = measure(path, datasets=names, seqlen=seqlen, windows=windows, device=device)
+    results = measure(
+        path,
+        datasets=names,
+        seqlen=seqlen,
+        windows=windows,
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )
     rows = [(r.dataset, f"{r.perplexity:.3f}", str(r.windows), str(r.tokens), f"{r.seconds:.1f}") for r in results]
     _print_table(("dataset", "perplexity", "windows", "tokens", "seconds"), rows)
 

@@ -21,9 +21,9 @@ def demo(out: Path) -> None:
         model=str(demo_model()),
         out=str(out),
         scheme=Scheme(bits=3, group_size=64),
-        calib=Calib(dataset="python-docs", nsamples=64, seqlen=256),
-        tune=Tune(steps=20, batch_size=4, checks=2),
-        eval=Eval(windows=4, baseline=False),
+        calib=Calib(dataset="python-docs", nsamples=32, seqlen=256),
+        tune=Tune(steps=14, batch_size=2, checks=2),
+        eval=Eval(windows=2, baseline=False),
     )
     print("SmolLM2-135M-Instruct to 3 bits, calibrated on the Python language reference.", file=sys.stderr)
     records = []

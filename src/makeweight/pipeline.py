@@ -7,6 +7,7 @@ import json
 import platform
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,10 +24,10 @@ from makeweight.methods.base import Context
 from makeweight.models import packed
 from makeweight.models.checkpoint import Checkpoint
 from makeweight.models.load import open_checkpoint
-from makeweight.numerics.memory import keep_freed_memory, peak_memory
+from makeweight.numerics.memory import keep_freed_memory, peak_memory, reset_peak_memory
 from makeweight.numerics.qtensor import QTensor
 from makeweight.plan import Plan, check, compose
-from makeweight.recipe import Eval, Recipe
+from makeweight.recipe import Recipe
 from makeweight.report import progress
 from makeweight.report.record import FILE, Cost, Record, recipe_data
 from makeweight.sweep.run import Solver, Sweep
@@ -39,6 +40,7 @@ def quantize(recipe: Recipe) -> Record:
     before anything is written, for whatever cannot work.
     """
     keep_freed_memory()
+    reset_peak_memory()
     job = Job.prepare(recipe)
     folder = Folder.claim(recipe.out, identity=job.identity(), shards=job.ckpt.n_blocks + 1)
     if not folder.done:
@@ -143,7 +145,7 @@ class Job:
                         sweep.pass_on(index, None)
                 elif done is not None:
                     if sweep:
-                        sweep.pass_on(index, self._read_back(folder, index))
+                        sweep.pass_on(index, self._decode(folder.read(index + 1), index))
                 else:
                     codes, report = sweep.solve(index, bars.step) if sweep else self._round(solver, index)
                     self._commit(folder, index, codes, report)
@@ -161,24 +163,25 @@ class Job:
         return {names[name]: tensor for name, tensor in self.ckpt.block_state(index).items()}
 
     def _commit(self, folder: Folder, index: int, codes: dict[str, QTensor], report: dict[str, Any]) -> None:
-        """Write a block's shard, read it back, and compare what it decodes to with what was solved."""
+        """Write a block's shard, once what is read back from it decodes to what was solved."""
         names, tensors = self.ckpt.block_names(index), self._stored(index)
         for name, tensor in codes.items():
             stored = names[f"{name}.weight"]
             del tensors[stored]
             tensors |= compressed_tensors.pack(stored.removesuffix(".weight"), tensor)
+
+        def verify(written: Mapping[str, torch.Tensor]) -> None:
+            for name, weight in self._decode(written, index).items():
+                if not torch.equal(weight, codes[name].dequantize(weight.dtype).cpu()):
+                    raise RuntimeError(f"{name} of block {index} reads back differently in {folder.path}")
+
         digest = {name: tensor.digest() for name, tensor in codes.items()}
         bits = {name: [tensor.bits_per_weight(), tensor.codes_OI.numel()] for name, tensor in codes.items()}
-        folder.write(index + 1, tensors, {**report, "digest": digest, "bits": bits})
-        for name, weight in self._read_back(folder, index).items():
-            if not torch.equal(weight, codes[name].dequantize(weight.dtype).cpu()):
-                folder.shard(index + 1).unlink()
-                raise RuntimeError(f"{name} of block {index} reads back differently from {folder.shard(index + 1)}")
+        folder.write(index + 1, tensors, {**report, "digest": digest, "bits": bits}, verify)
 
-    def _read_back(self, folder: Folder, index: int) -> dict[str, torch.Tensor]:
-        """Decode a finished shard's quantized weights into the forward's dtype."""
-        tensors, names = folder.read(index + 1), self.ckpt.block_names(index)
-        dtype = getattr(torch, self.recipe.tune.dtype)
+    def _decode(self, tensors: Mapping[str, torch.Tensor], index: int) -> dict[str, torch.Tensor]:
+        """Return the quantized weights that a block's shard stands for, in the forward's dtype."""
+        names, dtype = self.ckpt.block_names(index), getattr(torch, self.recipe.tune.dtype)
         weights = {}
         for name in self.ckpt.linears():
             linear = names[f"{name}.weight"].removesuffix(".weight")
@@ -197,12 +200,8 @@ class Job:
     def record(self, folder: Folder) -> Record:
         """Evaluate the written folder and write the record."""
         start, recipe = time.perf_counter(), self.recipe
-        perplexities = measure(str(folder.path), recipe.eval, recipe.tune.device, "evaluating the result")
-        baselines = (
-            measure(str(self.ckpt.path), recipe.eval, recipe.tune.device, "evaluating the original")
-            if recipe.eval.baseline
-            else ()
-        )
+        perplexities = measure(recipe, str(folder.path), "evaluating the result")
+        baselines = measure(recipe, str(self.ckpt.path), "evaluating the original") if recipe.eval.baseline else ()
         reports = tuple({"block": i, **(folder.report(i + 1) or {})} for i in self.blocks)
         digest = hashlib.sha256(json.dumps([r["digest"] for r in reports], sort_keys=True).encode()).hexdigest()
         sizes = [size for report in reports for size in report["bits"].values()]
@@ -229,8 +228,9 @@ class Job:
         return record
 
 
-def measure(model: str, wanted: Eval, device: str, title: str) -> tuple[Perplexity, ...]:
+def measure(recipe: Recipe, model: str, title: str) -> tuple[Perplexity, ...]:
     """Evaluate a folder on the data sets that a recipe names, under a progress bar."""
+    wanted = recipe.eval
     if not wanted.datasets:
         return ()
     with progress.bar(title) as advance:
@@ -239,7 +239,8 @@ def measure(model: str, wanted: Eval, device: str, title: str) -> tuple[Perplexi
             datasets=wanted.datasets,
             seqlen=wanted.seqlen,
             windows=wanted.windows,
-            device=device,
+            device=recipe.tune.device,
+            trust_remote_code=recipe.trust_remote_code,
             progress=advance,
         )
     return tuple(results)

@@ -25,7 +25,7 @@ T = TypeVar("T")
 class Calib:
     """The text the blocks are fitted to: `nsamples` sequences of `seqlen` tokens from `dataset`."""
 
-    dataset: str = "python-docs"
+    dataset: str = "pile-10k"
     nsamples: int = 128
     seqlen: int = 2048
 

@@ -48,7 +48,7 @@ def printed(*records: Record, one: bool = False, width: int = 160) -> list[list[
 
 def test_one_run_beside_the_original() -> None:
     head, original, row, verdict, written = printed(a_record(), one=True)
-    assert " ".join(head) == "ppl wiki ppl code bits/weight file MB seconds peak MB"
+    assert " ".join(head) == "perplexity wiki code bits/weight file MB seconds peak MB"
     assert original == ["original", "12.00", "8.00", "16", "987.7"]
     assert row == ["lwc+sde+cl", "12.50", "8.25", "3.30", "123.5", "61", "2345"]
     assert " ".join(verdict).startswith("This model stays close to the original: perplexity on wiki")
@@ -67,7 +67,7 @@ def test_several_runs_keep_their_order_and_the_last_is_judged() -> None:
 
 def test_without_an_original() -> None:
     head, row = printed(a_record(baselines=()))
-    assert " ".join(head).startswith("ppl wiki ppl code bits/weight")
+    assert " ".join(head).startswith("perplexity wiki code bits/weight")
     assert row[0] == "lwc+sde+cl"
 
 
@@ -86,7 +86,7 @@ def test_paths_are_shortened_but_told_apart_and_brackets_are_words() -> None:
     values = named({"/data/[red]/train.txt": 10.0, "/data/b/train.txt": 11.0, "wikitext2": 12.0})
     head = " ".join(printed(a_record(perplexities=values, baselines=values))[0])
     assert "/data" not in head
-    assert "ppl [red]/train ppl b/train ppl wikitext2" in head
+    assert "perplexity [red]/train b/train wikitext2" in head
 
 
 def test_the_larger_memory_is_shown() -> None:

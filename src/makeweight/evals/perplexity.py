@@ -52,6 +52,7 @@ def evaluate(
     windows: int | Sequence[int] | None = None,
     device: str = "auto",
     dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> list[Perplexity]:
     """Perplexity of a folder, hub name or GGUF file on each data set, with one pass over its blocks for all of them.
@@ -63,7 +64,7 @@ def evaluate(
     from makeweight.models.load import open_checkpoint
 
     where = find_device(device)
-    ckpt = open_checkpoint(model)
+    ckpt = open_checkpoint(model, trust_remote_code=trust_remote_code)
     limit = getattr(ckpt.config.get_text_config(), "max_position_embeddings", None)
     if isinstance(limit, int) and seqlen > limit:
         raise UserError(f"seqlen={seqlen} is longer than the {limit} positions of {ckpt.name}: give {limit} or less.")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ REPORTS = "blocks.json"
 OWN = (MARKER, REPORTS, "recipe.json", "record.json")
 """What a run adds to a folder besides the model; a model quantized again must not pass them on."""
 INDEX = "model.safetensors.index.json"
+
+Verify = Callable[[Mapping[str, Tensor]], None]
 
 
 class Folder:
@@ -68,16 +70,21 @@ class Folder:
         """Return the path of a shard; 0 holds what lies outside the blocks, i + 1 block i."""
         return self.path / f"model-{index + 1:05d}-of-{self.shards:05d}.safetensors"
 
-    def write(self, index: int, tensors: Mapping[str, Tensor], report: Mapping[str, Any]) -> None:
+    def write(
+        self, index: int, tensors: Mapping[str, Tensor], report: Mapping[str, Any], verify: Verify | None = None
+    ) -> None:
         """Write a shard, which appears whole or not at all, after its JSON report.
 
+        `verify` gets the tensors as they are read back, before the file has its name, and raises where they are wrong.
         The report lies beside the shard and not in it: it holds times, and equal runs write equal shards.
         """
-        from safetensors.torch import save_file
+        from safetensors.torch import load_file, save_file
 
         self._write_json(REPORTS, {**self._reports(), str(index): report})
         part = self.shard(index).with_suffix(".part")
         save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, part, {"format": "pt"})
+        if verify is not None:
+            verify(load_file(part))
         _settle(part, self.shard(index))
 
     def _reports(self) -> dict[str, Any]:

@@ -22,14 +22,13 @@ from makeweight.models.spec import ModelSpec
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-_WEIGHTS_AND_CODE = (
+_WEIGHTS = (
     *PICKLES,
     "*.safetensors",
     "*.index.json",
     "*.gguf",
     "*.h5",
     "*.msgpack",
-    "*.py",
     "config.json",
     ".*",
 )
@@ -245,9 +244,13 @@ class Checkpoint:
         return {name: tuple(item.shape) for name, item in self._layout.named_parameters() if name not in tied}
 
     def side_files(self) -> list[Path]:
-        """Return the folder's files that are not weights, index, config.json or code: the tokenizer and its kin."""
+        """Return the folder's files that are not weights, index or config.json: the tokenizer and its kin.
+
+        Code counts only where it is trusted.
+        """
+        excluded = _WEIGHTS if self._trust else (*_WEIGHTS, "*.py")
         files = (file for file in sorted(self.path.iterdir()) if file.is_file())
-        return [file for file in files if not any(file.match(pattern) for pattern in _WEIGHTS_AND_CODE)]
+        return [file for file in files if not any(file.match(pattern) for pattern in excluded)]
 
     @cached_property
     def _fingerprint(self) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import resource
 import sys
+from contextlib import suppress
+from pathlib import Path
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _LARGEST_MMAP_THRESHOLD = 32 * 2**20
@@ -27,7 +29,17 @@ def keep_freed_memory() -> None:
     mallopt(_TRIM_THRESHOLD, 2**30)
 
 
+def reset_peak_memory() -> None:
+    """Start counting `peak_memory` anew, where the system can (Linux); elsewhere it counts from the process's start."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_memory() -> int:
-    """Return the largest resident size of this process so far, in bytes."""
+    """Return the largest resident size of this process in bytes, since the last reset."""
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -16,19 +16,20 @@ from makeweight.report.record import Record
 
 def show(record: Record, console: Console | None = None) -> None:
     """Print what one run gave, and in plain words what the model lost."""
-    console = console or Console()
+    console = console or _console()
     compare([record], console)
     console.print(f"Written to {record.path}", markup=False)
 
 
 def compare(records: Sequence[Record], console: Console | None = None) -> None:
     """Print runs of one model side by side, the original first where a run measured it."""
-    console = console or Console()
+    console = console or _console()
     baselines = next((record.baselines for record in records if record.baselines), ())
     names = [result.dataset for result in (baselines or records[0].perplexities)]
     table = Table(box=box.SIMPLE_HEAD)
-    for column in ("", *(f"ppl {_short(name)}" for name in names), "bits/weight", "file MB", "seconds", "peak MB"):
-        table.add_column(escape(column), justify="right" if column else "left", overflow="fold")
+    table.add_column("perplexity" if names else "")
+    for column in (*map(_short, names), "bits/weight", "file MB", "seconds", "peak MB"):
+        table.add_column(escape(column), justify="right", overflow="fold")
     if baselines:
         size = f"{records[0].source_bytes / 1e6:.1f}"
         table.add_row("original", *_cells(baselines, names), "16", size, "", "")
@@ -44,6 +45,12 @@ def compare(records: Sequence[Record], console: Console | None = None) -> None:
     console.print(table)
     if verdict := records[-1].verdict():
         console.print(verdict, markup=False)
+
+
+def _console() -> Console:
+    """Write as wide as a terminal is, and without folding into a file."""
+    console = Console()
+    return console if console.is_terminal else Console(width=120)
 
 
 def _cells(results: Sequence[Perplexity], names: Sequence[str]) -> list[str]:
