@@ -166,7 +166,8 @@ def test_evaluate(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 
     stand_in(monkeypatch, "makeweight.evals.perplexity", evaluate=measure)
     assert main("evaluate folder --dataset [a] --dataset b.txt --windows 12 --device cpu".split()) == 0
-    assert asked == [("folder", {"datasets": ("[a]", "b.txt"), "seqlen": 2048, "windows": 12, "device": "cpu"})]
+    wanted = {"datasets": ("[a]", "b.txt"), "seqlen": 2048, "windows": 12, "device": "cpu", "trust_remote_code": False}
+    assert asked == [("folder", wanted)]
     out = capsys.readouterr().out
     assert "[a]" in out and "20.432" in out and "24564" in out
     assert main(["evaluate", "org/name"]) == 0

@@ -134,7 +134,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> FakeCheckpoint:
     """`evaluate` opens this model, and reads these texts."""
     ckpt = FakeCheckpoint(build("llama"))
     load = pytest.importorskip("makeweight.models.load")
-    monkeypatch.setattr(load, "open_checkpoint", lambda _: ckpt)
+    monkeypatch.setattr(load, "open_checkpoint", lambda _, **options: ckpt)
     texts = {"a": windows(5)[:3], "b": windows(5)[3:]}
     monkeypatch.setattr(data, "evaluation_windows", lambda _, name, *, seqlen, windows: texts[name][:windows, :seqlen])
     return ckpt

@@ -27,7 +27,7 @@ def compare(records: Sequence[Record], console: Console | None = None) -> None:
     baselines = next((record.baselines for record in records if record.baselines), ())
     names = [result.dataset for result in (baselines or records[0].perplexities)]
     table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("perplexity" if names else "")
+    table.add_column("perplexity" if names else "", no_wrap=True)
     for column in (*map(_short, names), "bits/weight", "file MB", "seconds", "peak MB"):
         table.add_column(escape(column), justify="right", overflow="fold")
     if baselines:
