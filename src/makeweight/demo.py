@@ -32,4 +32,5 @@ def demo(out: Path) -> None:
         recipe = replace(base, method=method, out=str(out / method), eval=replace(base.eval, baseline=last))
         records.append(quantize(recipe))
     compare(records)
-    print(f"Written to {records[-1].path}: load it with transformers or vLLM, or `makeweight evaluate` it.")
+    path = records[-1].path
+    print(f"Written to {path}: load it with transformers' from_pretrained, or measure it with `makeweight evaluate`.")

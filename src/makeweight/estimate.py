@@ -37,9 +37,10 @@ class Estimate:
     def sentence(self) -> str:
         """Say it in one line."""
         minutes = self.seconds / 60
-        span = f"{minutes:.0f} minutes" if minutes >= 2 else f"{self.seconds:.0f} seconds"
+        span = f"about {minutes:.0f} minutes" if minutes >= 2 else f"about {self.seconds:.0f} seconds"
+        span = span if self.seconds >= 5 else "a few seconds"
         return (
-            f"Solving {self.blocks} blocks will take about {span}, {self.memory_bytes / 1e9:.1f} GB of memory "
+            f"Solving {self.blocks} blocks will take {span}, {self.memory_bytes / 1e9:.1f} GB of memory "
             f"and {self.disk_bytes / 1e9:.2f} GB on disk."
         )
 

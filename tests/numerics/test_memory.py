@@ -1,0 +1,28 @@
+"""Peak memory is what the process really held."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+from makeweight.numerics.memory import keep_freed_memory, peak_memory, reset_peak_memory
+
+SIZE = 200_000_000
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux can start counting anew")
+def test_the_peak_rises_with_what_is_held_and_starts_anew() -> None:
+    reset_peak_memory()
+    before = peak_memory()
+    held = torch.ones(SIZE, dtype=torch.uint8)
+    assert peak_memory() >= before + 0.9 * SIZE
+    del held
+    reset_peak_memory()
+    assert peak_memory() < before + 0.5 * SIZE
+
+
+def test_asking_the_allocator_is_harmless() -> None:
+    keep_freed_memory()
+    assert peak_memory() > 1_000_000

@@ -1,0 +1,85 @@
+"""What a run will take is said before it starts, and follows what it is made of."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from makeweight import estimate as room
+from makeweight.errors import UserError
+from makeweight.estimate import Estimate, estimate
+from makeweight.models.checkpoint import Checkpoint
+from makeweight.models.load import open_checkpoint
+from makeweight.numerics.scheme import Scheme
+from makeweight.plan import compose
+from makeweight.recipe import Calib, Recipe, Tune
+from tests.tiny import tiny_folder
+
+RATE = 1e9
+
+
+@pytest.fixture(scope="module")
+def ckpt(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return open_checkpoint(tiny_folder("llama", tmp_path_factory.mktemp("model") / "llama"))
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
+    monkeypatch.setattr(room, "matmul_rate", lambda device: RATE)
+    scheme, calib = Scheme(bits=3, group_size=32), Calib(dataset="x", nsamples=64, seqlen=128)
+    return Recipe(model="m", out=str(tmp_path / "out"), scheme=scheme, calib=calib, tune=Tune(steps=50, batch_size=2))
+
+
+def of(recipe: Recipe, ckpt: Checkpoint, blocks: int = 3, method: str = "lwc+sde+cl") -> Estimate:
+    return estimate(compose(method), recipe, ckpt, range(blocks), torch.device("cpu"))
+
+
+def test_time_follows_steps_blocks_and_method(recipe: Recipe, ckpt: Checkpoint) -> None:
+    whole = of(recipe, ckpt).seconds
+    assert of(recipe, ckpt, blocks=1).seconds == pytest.approx(whole / 3, rel=0.01)
+    twice = replace(recipe, tune=replace(recipe.tune, steps=100))
+    assert 1.5 * whole < of(twice, ckpt).seconds < 2 * whole
+    assert of(recipe, ckpt, method="lwc+sde").seconds < whole / 1.5
+    assert of(recipe, ckpt, method="rtn").seconds < 0.1
+
+
+def test_memory_follows_the_samples_and_the_look_ahead_but_not_the_depth(recipe: Recipe, ckpt: Checkpoint) -> None:
+    whole = of(recipe, ckpt).memory_bytes
+    assert of(recipe, ckpt, blocks=1).memory_bytes == whole
+    more = replace(recipe, calib=replace(recipe.calib, nsamples=128))
+    stream = 64 * 128 * 64 * 2
+    assert of(more, ckpt).memory_bytes - whole == 5 * stream
+    assert of(recipe, ckpt, method="lwc+sde").memory_bytes < whole
+
+
+def test_disk_follows_the_bits(recipe: Recipe, ckpt: Checkpoint) -> None:
+    three = of(recipe, ckpt).disk_bytes
+    eight = of(replace(recipe, scheme=Scheme(bits=8, group_size=32)), ckpt).disk_bytes
+    weights = sum(out * into for out, into in ckpt.linear_shapes().values()) * 3
+    assert eight - three == pytest.approx(weights * 5 * (1 + 1 / 32) / 8)
+    assert three < ckpt.stored_bytes()
+
+
+def test_a_full_disk_is_refused_before_the_work(
+    recipe: Recipe, ckpt: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Usage(NamedTuple):
+        free: int
+
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda path: Usage(free=1000))
+    with pytest.raises(UserError, match=r"out needs .* GB and its disk has 0\.0 GB: free some space\.$"):
+        of(recipe, ckpt)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(1.0, "take a few seconds,"), (90.0, "take about 90 seconds,"), (600.0, "about 10 minutes,")]
+)
+def test_the_sentence(seconds: float, words: str) -> None:
+    facts: dict[str, Any] = {"memory_bytes": 1.26e9, "disk_bytes": 9.9e7, "blocks": 30}
+    sentence = Estimate(seconds=seconds, **facts).sentence()
+    assert words in sentence
+    assert sentence.endswith("1.3 GB of memory and 0.10 GB on disk.")
