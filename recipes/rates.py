@@ -2,8 +2,8 @@
 
     python -m recipes.rates
 
-Prints each setting's relative error after every block (before learning: round-to-nearest with LWC's first ranges).
-Resumes where it stopped; results in benchmarks/results/rates.json.
+Prints each setting's relative error after every block. Resumes where it stopped;
+results in benchmarks/results/rates.json.
 """
 
 from __future__ import annotations

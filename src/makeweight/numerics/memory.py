@@ -16,8 +16,8 @@ _LARGEST_MMAP_THRESHOLD = 32 * 2**20
 def keep_freed_memory() -> None:
     """Ask glibc to reuse freed buffers instead of handing them back and fetching zeroed pages again.
 
-    Every optimiser step frees and takes the same few megabytes per weight; without this a good part of its
-    element-wise time is spent in the kernel (benchmarks/step.py measures it). Does nothing on other systems.
+    Every optimiser step frees and takes the same few megabytes per weight, which would otherwise be mapped and zeroed
+    by the kernel again each time. Does nothing on other systems.
     """
     if not sys.platform.startswith("linux"):
         return
