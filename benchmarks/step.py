@@ -13,7 +13,8 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -63,18 +64,21 @@ def layers(title: str, count: int, device: torch.device) -> list[Block]:
     return blocks
 
 
-def seconds(work: Callable[[], object], device: torch.device, *, budget: float) -> float:
-    """Return the median seconds of one call within a time budget, at least three calls after a first."""
-    work()
-    times: list[float] = []
-    end = time.perf_counter() + budget
-    while len(times) < 3 or time.perf_counter() < end:
-        start = time.perf_counter()
+def alternate(works: Mapping[str, Callable[[], object]], device: torch.device, *, budget: float) -> dict[str, float]:
+    """Return the median seconds of one call of each, called in turn so that a busy moment hits all of them."""
+    for work in works.values():
         work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    times: dict[str, list[float]] = {name: [] for name in works}
+    end, rounds = time.perf_counter() + budget * len(works), 0
+    while rounds < 3 or time.perf_counter() < end:
+        rounds += 1
+        for name, work in works.items():
+            start = time.perf_counter()
+            work()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(found) for name, found in times.items()}
 
 
 def measure_block(title: str, batch: int, device: torch.device, budget: float) -> list[dict[str, float | str]]:
@@ -83,28 +87,34 @@ def measure_block(title: str, batch: int, device: torch.device, budget: float) -
     shapes = [(weight.shape[0], weight.shape[1]) for weight in blocks[0].state().values()]
     hidden_BTD = torch.randn(batch, SEQLEN, hidden, device=device).to(torch.bfloat16)
     context = Context(scheme=SCHEME, scale_dtype=torch.bfloat16, dtype=torch.bfloat16)
-    rows: list[dict[str, float | str]] = []
-    for method in METHODS:
-        plan = compose(method)
-        chain = Chain.build(blocks[0].state(), plan.maps, plan.grid, context).to(device)
-        weights = plan.loss.weights()
-        judge = Judge(blocks=tuple(blocks[: len(weights)]), weights=weights, device=device)
-        optimizer = make_optimizer(chain)
+    plans = {method: compose(method) for method in METHODS}
+    ahead = {method: len(plan.loss.weights()) - 1 for method, plan in plans.items()}
 
-        def step(chain: Chain = chain, judge: Judge = judge, optimizer: torch.optim.Optimizer = optimizer) -> None:
-            targets = [hidden_BTD] * len(judge.blocks)
+    def stepper(method: str) -> Callable[[], object]:
+        plan = plans[method]
+        chain = Chain.build(blocks[0].state(), plan.maps, plan.grid, context).to(device)
+        judge = Judge(blocks=tuple(blocks[: ahead[method] + 1]), weights=plan.loss.weights(), device=device)
+        optimizer = make_optimizer(chain)
+        targets = [hidden_BTD] * len(judge.blocks)
+
+        def step() -> None:
             loss = judge.loss(judge.errors(chain(), hidden_BTD, targets))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
 
-        rate = matmul_rate(device, rows=batch * SEQLEN, size=hidden)
-        took = seconds(step, device, budget=budget)
-        work = step_flops(shapes, hidden, batch, SEQLEN, ahead=len(weights) - 1, band=plan.band)
+        return step
+
+    rates = [matmul_rate(device, rows=batch * SEQLEN, size=hidden)]
+    took = alternate({method: stepper(method) for method in METHODS}, device, budget=budget)
+    rates.append(matmul_rate(device, rows=batch * SEQLEN, size=hidden))
+    rows: list[dict[str, float | str]] = []
+    for method, plan in plans.items():
+        work, rate = step_flops(shapes, hidden, batch, SEQLEN, ahead=ahead[method], band=plan.band), max(rates)
         rows.append(
             {
-                "block": title, "method": method, "tokens": batch * SEQLEN, "seconds": took, "gflop": work / 1e9,
-                "rate_gflops": rate / 1e9, "share_of_rate": work / took / rate,
+                "block": title, "method": method, "tokens": batch * SEQLEN, "seconds": took[method],
+                "gflop": work / 1e9, "rate_gflops": rate / 1e9, "share_of_rate": work / took[method] / rate,
             }
         )  # fmt: skip
     return rows
@@ -147,7 +157,7 @@ def measure_grid(device: torch.device, budget: float) -> dict[str, float]:
         way(weight, low, high).backward(grad)
         weight.grad = low.grad = high.grad = None
 
-    return {name: seconds(lambda way=way: run(way), device, budget=budget) for name, way in ways.items()}
+    return alternate({name: partial(run, way) for name, way in ways.items()}, device, budget=budget)
 
 
 def main() -> None:

@@ -112,10 +112,10 @@ def test_gradient_reaches_every_entry_of_the_band_and_none_outside(band: int) ->
     chain = Chain.build(state, [Sde(band=band)], Rtn(), context())
     (chain()["w"] * torch.randn(32, 32, generator=torch.Generator().manual_seed(3))).sum().backward()
     (group,) = chain.learnables()
-    (diagonals,) = group.params
-    assert diagonals.grad is not None
-    rows = torch.arange(32) + torch.arange(-band, band + 1).unsqueeze(1)
-    assert torch.equal(diagonals.grad != 0, (rows >= 0) & (rows < 32))
+    (entries,) = group.params
+    assert entries.grad is not None
+    rows = torch.arange(32).unsqueeze(1) + torch.arange(-band, band + 1)
+    assert torch.equal(entries.grad != 0, (rows >= 0) & (rows < 32))
 
 
 @pytest.mark.parametrize(("dtype", "scale_dtype"), FORMATS, ids=str)
@@ -202,7 +202,7 @@ def test_the_leading_block_reaches_beyond_the_band() -> None:
     state = {"w": a_state()["square"]}
     plain, lead = (Sde(band=0, lead=k).build(state, context()) for k in (0, 4))
     (own,) = (group.params for group in lead.learnables())
-    assert [tuple(p.shape) for p in own] == [(1, 32), (4, 4)]
+    assert [tuple(p.shape) for p in own] == [(32, 1), (4, 4)]
     with torch.no_grad():
         own[1][0, 3] = 0.01
         u, _, vt = torch.linalg.svd(state["w"])

@@ -22,7 +22,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 def random_band(rank: int, band: int) -> Tensor:
-    return random(2 * band + 1, rank) * band_mask(rank, band)
+    return random(rank, 2 * band + 1) * band_mask(rank, band)
 
 
 def orthonormal(rows: int, rank: int, seed: int) -> Tensor:
@@ -34,14 +34,14 @@ def dense_mask(rank: int, band: int) -> Tensor:
     return (index.unsqueeze(1) - index).abs() <= band
 
 
-def diagonals_of(dense: Tensor, band: int) -> Tensor:
+def band_of(dense: Tensor, band: int) -> Tensor:
     """Read a band off a square matrix, one diagonal at a time."""
     rank = dense.shape[0]
-    out = dense.new_zeros(2 * band + 1, rank)
+    out = dense.new_zeros(rank, 2 * band + 1)
     for offset in range(-min(band, rank - 1), min(band, rank - 1) + 1):  # offset is row minus column
         line = torch.diagonal(dense, -offset)
         first = max(0, -offset)
-        out[offset + band, first : first + len(line)] = line
+        out[first : first + len(line), offset + band] = line
     return out
 
 
@@ -51,10 +51,10 @@ def diagonals_of(dense: Tensor, band: int) -> Tensor:
 @example(rank=5, band=4)
 @example(rank=5, band=9)
 def test_dense_form(rank: int, band: int) -> None:
-    diagonals = random_band(rank, band)
-    dense = band_to_dense(diagonals)
+    entries = random_band(rank, band)
+    dense = band_to_dense(entries)
     assert not dense[~dense_mask(rank, band)].any()
-    assert torch.equal(diagonals_of(dense, band), diagonals)
+    assert torch.equal(band_of(dense, band), entries)
 
 
 @settings(max_examples=80, deadline=None)
@@ -65,8 +65,8 @@ def test_dense_form(rank: int, band: int) -> None:
 @example(rank=33, band=1, rows=3)
 @example(rank=40, band=39, rows=2)
 def test_times_band(rank: int, band: int, rows: int) -> None:
-    factor, diagonals = random(rows, rank, seed=1), random_band(rank, band)
-    torch.testing.assert_close(times_band(factor, diagonals), factor @ band_to_dense(diagonals), **CLOSE)
+    factor, entries = random(rows, rank, seed=1), random_band(rank, band)
+    torch.testing.assert_close(times_band(factor, entries), factor @ band_to_dense(entries), **CLOSE)
 
 
 @settings(max_examples=80, deadline=None)
@@ -76,9 +76,9 @@ def test_times_band(rank: int, band: int, rows: int) -> None:
 @example(rank=65, band=16, inner=3)
 @example(rank=40, band=39, inner=2)
 def test_band_of_product(rank: int, band: int, inner: int) -> None:
-    left, right = random(rank, inner, seed=1), random(inner, rank, seed=2)
+    left, right = random(inner, rank, seed=1), random(inner, rank, seed=2)
     got = band_of_product(left, right, band)
-    torch.testing.assert_close(got, diagonals_of(left @ right, band), **CLOSE)
+    torch.testing.assert_close(got, band_of(left.T @ right, band), **CLOSE)
     assert not got[~band_mask(rank, band)].any()
 
 
@@ -88,13 +88,14 @@ def test_band_of_product(rank: int, band: int, inner: int) -> None:
 @example(rank=40, band=39, taller=3, wider=0)
 def test_update_norm_and_gradient(rank: int, band: int, taller: int, wider: int) -> None:
     u, v = orthonormal(rank + taller, rank, 1), orthonormal(rank + wider, rank, 2)
-    diagonals = random_band(rank, band).requires_grad_()
-    update = band_update(diagonals, u, v)
-    torch.testing.assert_close(update, u @ band_to_dense(diagonals.detach()) @ v.T, **CLOSE)
-    torch.testing.assert_close(update.norm(), diagonals.norm(), **CLOSE)
+    entries = random_band(rank, band).requires_grad_()
+    update = band_update(entries, u, v)
+    turn = (lambda core: core.T) if taller > wider else (lambda core: core)
+    torch.testing.assert_close(update, u @ turn(band_to_dense(entries.detach())) @ v.T, **CLOSE)
+    torch.testing.assert_close(update.norm(), entries.norm(), **CLOSE)
     pull = random(*update.shape, seed=3)
-    (grad,) = torch.autograd.grad(update, diagonals, pull)
-    torch.testing.assert_close(grad, diagonals_of(u.T @ pull @ v, band), **CLOSE)
+    (grad,) = torch.autograd.grad(update, entries, pull)
+    torch.testing.assert_close(grad, band_of(turn(u.T @ pull @ v), band), **CLOSE)
 
 
 @given(rank=RANKS, band=BANDS)
@@ -114,17 +115,17 @@ def test_gradcheck(band: int) -> None:
 def test_the_whole_band_reaches_every_matrix() -> None:
     rank = 37
     u, v, goal = orthonormal(rank, rank, 1), orthonormal(rank, rank, 2), random(rank, rank, seed=3)
-    diagonals = diagonals_of(u.T @ goal @ v, rank - 1)
-    torch.testing.assert_close(band_update(diagonals, u, v), goal, **CLOSE)
+    entries = band_of(u.T @ goal @ v, rank - 1)
+    torch.testing.assert_close(band_update(entries, u, v), goal, **CLOSE)
 
 
 def test_precisions_stay_apart() -> None:
     u, v = orthonormal(40, 36, 1).bfloat16(), orthonormal(36, 36, 2).bfloat16()
-    diagonals = random_band(36, 2).float().requires_grad_()
-    update = band_update(diagonals, u, v)
+    entries = random_band(36, 2).float().requires_grad_()
+    update = band_update(entries, u, v)
     assert update.dtype == torch.bfloat16
     update.float().square().sum().backward()
-    assert diagonals.grad is not None and diagonals.grad.dtype == torch.float32
+    assert entries.grad is not None and entries.grad.dtype == torch.float32
 
 
 class Largest(TorchDispatchMode):
@@ -143,7 +144,7 @@ class Largest(TorchDispatchMode):
 def test_the_core_is_never_formed(band: int) -> None:
     rank, rows = 3000, 4
     u, v = random(rows, rank).float(), random(rows, rank, seed=1).float()
-    diagonals = random_band(rank, band).float().requires_grad_()
+    entries = random_band(rank, band).float().requires_grad_()
     with Largest() as seen:
-        band_update(diagonals, u, v).sum().backward()
+        band_update(entries, u, v).sum().backward()
     assert 0 < seen.size < rank * rank / 40

@@ -1,16 +1,16 @@
 """Products with a band matrix between two orthonormal factors, at the cost of the band.
 
 The core of Singular-value Diagonal Expansion is dW = U B V^T with B an R x R matrix that is zero outside
-|i - j| <= b. B is held as its diagonals, (W, R) with W = 2 b + 1: `diagonals[k, j]` is B[j + k - b, j], and entries
-that would lie outside the matrix stay zero. Columns are worked on in tiles of `tile`, each of which touches
-`tile + 2 b` neighbouring rows only, so that both directions are batched matrix products and neither the R x R core
-nor its gradient is formed. Where a tile would reach across the whole matrix, the band is written out instead: it then
-is most of the core, and one plain product is cheaper.
+|i - j| <= b. B is held by columns, (R, W) with W = 2 b + 1: `band[j, k]` is B[j + k - b, j], and entries that would
+lie outside the matrix stay zero. Columns are worked on in tiles of `tile`, each of which touches `tile + 2 b`
+neighbouring rows only, so that both directions are batched matrix products and neither the R x R core nor its
+gradient is formed. Where a tile would reach across the whole matrix, the band is written out instead: it then is most
+of the core, and one plain product is cheaper. Read as rows of B^T, columns lie one element further in every row, so
+laying a band out and reading it back are strided copies.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -24,30 +24,39 @@ def band_size(rank: int, band: int) -> int:
 
 
 def band_mask(rank: int, band: int, device: torch.device | None = None) -> Tensor:
-    """Return which entries of the (W, R) diagonals lie inside the matrix, as booleans."""
-    rows_WR = torch.arange(rank, device=device) + torch.arange(-band, band + 1, device=device).unsqueeze(1)
-    return (rows_WR >= 0) & (rows_WR < rank)
+    """Return which entries of the (R, W) band lie inside the matrix, as booleans."""
+    rows_RW = torch.arange(rank, device=device).unsqueeze(1) + torch.arange(-band, band + 1, device=device)
+    return (rows_RW >= 0) & (rows_RW < rank)
 
 
-def band_to_dense(diagonals_WR: Tensor) -> Tensor:
+def band_to_dense(band_RW: Tensor) -> Tensor:
     """Write the band out as an R x R matrix."""
-    width, rank = diagonals_WR.shape
-    band = width // 2
-    padded_RR = diagonals_WR.new_zeros(rank + 2 * band, rank)
-    padded_RR.scatter_(0, _tile_rows(rank, band, diagonals_WR.device), diagonals_WR)
-    return padded_RR[band : band + rank]
+    rank, width = band_RW.shape
+    return _lay_out(band_RW.unsqueeze(0))[0, :, width // 2 : width // 2 + rank].T
 
 
 def dense_to_band(dense_RR: Tensor, band: int) -> Tensor:
-    """Read the (W, R) diagonals of an R x R matrix, zero where they leave it."""
-    padded_RR = F.pad(dense_RR, (0, 0, band, band))
-    return padded_RR.gather(0, _tile_rows(dense_RR.shape[1], band, dense_RR.device))
+    """Read the (R, W) band of an R x R matrix, zero where it leaves it."""
+    return _read_off(F.pad(dense_RR.T, (band, band)).unsqueeze(0), band)[0]
 
 
-@lru_cache(maxsize=64)
-def _tile_rows(tile: int, band: int, device: torch.device) -> Tensor:
-    """Return for (k, column) of a tile the row inside its window of tile + 2 b rows: column + k."""
-    return torch.arange(tile, device=device) + torch.arange(2 * band + 1, device=device).unsqueeze(1)
+def _lay_out(band_NRW: Tensor) -> Tensor:
+    """Write every band into the transpose of its padded matrix, shape (N, R, R + 2 b)."""
+    count, rank, width = band_NRW.shape
+    padded = band_NRW.new_zeros(count, rank, rank + width - 1)
+    _columns(padded, width).copy_(band_NRW)
+    return padded
+
+
+def _read_off(padded: Tensor, band: int) -> Tensor:
+    """Undo `_lay_out`: the (N, R, W) bands of transposed padded matrices."""
+    return _columns(padded.contiguous(), 2 * band + 1).contiguous()
+
+
+def _columns(padded: Tensor, width: int) -> Tensor:
+    """View the band inside a contiguous (N, R, R + 2 b) tensor: each row's begins one element further right."""
+    count, rank, length = padded.shape
+    return padded.as_strided((count, rank, width), (rank * length, length + 1, 1))
 
 
 def _tile_of(band: int) -> int:
@@ -63,61 +72,55 @@ def _windows(factor_MR: Tensor, band: int, tile: int) -> Tensor:
     return padded.unfold(1, tile + 2 * band, tile).transpose(0, 1)
 
 
-def _tiled_band(diagonals_WR: Tensor, tile: int) -> Tensor:
-    """Lay the diagonals out as one small matrix per tile, shape (tiles, tile + 2 b, tile)."""
-    width, rank = diagonals_WR.shape
-    band, tiles = width // 2, -(-rank // tile)
-    padded = F.pad(diagonals_WR, (0, tiles * tile - rank)).view(width, tiles, tile).transpose(0, 1)
-    blocks = diagonals_WR.new_zeros(tiles, tile + 2 * band, tile)
-    return blocks.scatter_(1, _tile_rows(tile, band, diagonals_WR.device).expand(tiles, -1, -1), padded)
-
-
-def times_band(factor_MR: Tensor, diagonals_WR: Tensor) -> Tensor:
+def times_band(factor_MR: Tensor, band_RW: Tensor) -> Tensor:
     """Multiply (M, R) by the band matrix without forming it, shape (M, R)."""
-    rank, band = diagonals_WR.shape[1], diagonals_WR.shape[0] // 2
+    rank, width = band_RW.shape
+    band = width // 2
     if band == 0:
-        return factor_MR * diagonals_WR
+        return factor_MR * band_RW.T
     tile = _tile_of(band)
     if tile + 2 * band >= rank:
-        return factor_MR @ band_to_dense(diagonals_WR)
-    product = torch.bmm(_windows(factor_MR, band, tile), _tiled_band(diagonals_WR, tile))
+        return factor_MR @ band_to_dense(band_RW)
+    columns = F.pad(band_RW, (0, 0, 0, -rank % tile)).view(-1, tile, width)
+    product = torch.bmm(_windows(factor_MR, band, tile), _lay_out(columns).transpose(1, 2))
     return product.transpose(0, 1).flatten(1)[:, :rank]
 
 
-def band_of_product(left_RM: Tensor, right_MR: Tensor, band: int) -> Tensor:
-    """Return the band of left @ right without forming the rest, as (W, R) diagonals."""
-    rank = left_RM.shape[0]
+def band_of_product(left_MR: Tensor, right_MR: Tensor, band: int) -> Tensor:
+    """Return the band of left^T @ right without forming the rest, as (R, W)."""
+    rank = left_MR.shape[1]
     if band == 0:
-        return (left_RM * right_MR.T).sum(1).unsqueeze(0)
+        return (left_MR * right_MR).sum(0).unsqueeze(1)
     tile = _tile_of(band)
     if tile + 2 * band >= rank:
-        return dense_to_band(left_RM @ right_MR, band)
-    tiles = -(-rank // tile)
-    right = F.pad(right_MR, (0, tiles * tile - rank)).unflatten(1, (tiles, tile)).transpose(0, 1)
-    blocks = torch.bmm(_windows(left_RM.T, band, tile).transpose(1, 2), right)
-    diagonals = blocks.gather(1, _tile_rows(tile, band, left_RM.device).expand(tiles, -1, -1))
-    diagonals_WR = diagonals.transpose(0, 1).flatten(1)[:, :rank]
-    return diagonals_WR * band_mask(rank, band, left_RM.device)
+        return dense_to_band(left_MR.T @ right_MR, band)
+    right = F.pad(right_MR, (0, -rank % tile)).unflatten(1, (-1, tile)).permute(1, 2, 0)
+    return _read_off(torch.bmm(right, _windows(left_MR, band, tile)), band).flatten(0, 1)[:rank]
 
 
 class _BandUpdate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, diagonals_WR: Tensor, u_OR: Tensor, v_IR: Tensor) -> Tensor:
+    def forward(ctx: Any, band_RW: Tensor, u_OR: Tensor, v_IR: Tensor) -> Tensor:
         ctx.save_for_backward(u_OR, v_IR)
-        ctx.band, ctx.dtype = diagonals_WR.shape[0] // 2, diagonals_WR.dtype
-        return times_band(u_OR, diagonals_WR.to(u_OR.dtype)) @ v_IR.T
+        ctx.band, ctx.dtype = band_RW.shape[1] // 2, band_RW.dtype
+        if u_OR.shape[0] > v_IR.shape[0]:
+            return u_OR @ times_band(v_IR, band_RW.to(v_IR.dtype)).T
+        return times_band(u_OR, band_RW.to(u_OR.dtype)) @ v_IR.T
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         u_OR, v_IR = ctx.saved_tensors
-        a_RI = u_OR.T @ grads[0].to(u_OR.dtype)
-        return band_of_product(a_RI, v_IR, ctx.band).to(ctx.dtype), None, None
+        grad_OI = grads[0].to(u_OR.dtype)
+        if u_OR.shape[0] > v_IR.shape[0]:
+            return band_of_product(v_IR, grad_OI.T @ u_OR, ctx.band).to(ctx.dtype), None, None
+        return band_of_product(u_OR, grad_OI @ v_IR, ctx.band).to(ctx.dtype), None, None
 
 
-def band_update(diagonals_WR: Tensor, u_OR: Tensor, v_IR: Tensor) -> Tensor:
-    """Return dW = U B V^T, shape (O, I) in the factors' dtype; the gradient reaches the diagonals only.
+def band_update(band_RW: Tensor, u_OR: Tensor, v_IR: Tensor) -> Tensor:
+    """Return dW = U B V^T, or U B^T V^T where O > I, shape (O, I) in the factors' dtype.
 
-    Forward and backward cost one O x R x I product each, plus the tiles of the band (arXiv 2407.15508 for the
-    parametrisation; the tiling is ours).
+    The band meets the shorter factor, whichever that is, and the gradient reaches the band only. Forward and backward
+    cost one O x R x I product each, plus the tiles of the band (arXiv 2407.15508 for the parametrisation; the tiling
+    is ours).
     """
-    return _BandUpdate.apply(diagonals_WR, u_OR, v_IR)  # pyright: ignore[reportReturnType]
+    return _BandUpdate.apply(band_RW, u_OR, v_IR)  # pyright: ignore[reportReturnType]

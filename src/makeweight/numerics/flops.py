@@ -20,12 +20,12 @@ def block_flops(shapes: Iterable[tuple[int, int]], hidden: int, batch: int, seql
 def band_flops(shapes: Iterable[tuple[int, int]], band: int) -> float:
     """Operations of SDE, once per step.
 
-    Per linear, with r = min(m, n): 4 m r n for U B V^T and U^T G, and 2 r (2 b + 1) (m + n) for the band's products.
+    Per linear, with r = min(m, n): 4 m r n for U B V^T and its gradient, 4 r^2 (2 b + 1) for the band's own products.
     """
     total = 0.0
     for rows, columns in shapes:
         rank = min(rows, columns)
-        total += 4.0 * rows * columns * rank + 2.0 * rank * min(2 * band + 1, rank) * (rows + columns)
+        total += 4.0 * rows * columns * rank + 4.0 * rank**2 * min(2 * band + 1, rank)
     return total
 
 

@@ -59,7 +59,7 @@ def make_optimizer(chain: Chain) -> torch.optim.Optimizer:
     # Losses are relative errors of a few percent spread over many parameters: gradients near AdamW's usual eps.
     groups = [(list(group.params), group.rate * group.unit) for group in chain.learnables()]
     named = [{"params": params, "lr": rate, "base_rate": rate} for params, rate in groups]
-    return torch.optim.AdamW(named, weight_decay=0.0, eps=1e-12)
+    return torch.optim.AdamW(named, weight_decay=0.0, eps=1e-12, fused=True)
 
 
 class Fit:

@@ -30,37 +30,36 @@ class BandCore(nn.Module):
 
     u_OR: Tensor
     v_IR: Tensor
-    unit: Tensor
+    """Right singular vectors times the median singular value, the unit of the band."""
 
     def __init__(self, weight_OI: Tensor, band: int, lead: int, dtype: torch.dtype) -> None:
         super().__init__()
         u_OR, sigma_R, v_IR = thin_svd(weight_OI)
         rank = sigma_R.numel()
+        unit = sigma_R.median()
+        self.limit = float(sigma_R.norm() / unit) if unit > 0 else math.inf  # a matrix of zeros stays one
         self.register_buffer("u_OR", u_OR.to(dtype), persistent=False)
-        self.register_buffer("v_IR", v_IR.to(dtype), persistent=False)
-        self.register_buffer("unit", sigma_R.median(), persistent=False)
-        self.limit = float(sigma_R.norm() / self.unit) if self.unit > 0 else math.inf  # a matrix of zeros stays one
-        self.diagonals_WR = nn.Parameter(sigma_R.new_zeros(2 * min(band, rank - 1) + 1, rank))
+        self.register_buffer("v_IR", (v_IR * unit).to(dtype), persistent=False)
+        self.band_RW = nn.Parameter(sigma_R.new_zeros(rank, 2 * min(band, rank - 1) + 1))
         self.lead_KK = nn.Parameter(sigma_R.new_zeros(min(lead, rank), min(lead, rank)))
 
     def update(self) -> Tensor:
-        """Return dW = U B V^T, shape (O, I), fp32."""
-        dw_OI = band_update(self.diagonals_WR * self.unit, self.u_OR, self.v_IR).to(self.unit.dtype)
+        """Return dW = U B V^T, shape (O, I), in the factors' dtype."""
+        dw_OI = band_update(self.band_RW, self.u_OR, self.v_IR)
         if not (k := self.lead_KK.shape[0]):
             return dw_OI
-        core_KK = (self.lead_KK * self.unit).to(self.u_OR.dtype)
-        return dw_OI + (self.u_OR[:, :k] @ core_KK @ self.v_IR[:, :k].T).to(dw_OI.dtype)
+        return dw_OI + self.u_OR[:, :k] @ self.lead_KK.to(dw_OI.dtype) @ self.v_IR[:, :k].T
 
     @torch.no_grad()
     def drift(self) -> float:
         """Return ||dW|| / ||W|| (the band and the leading block counted apart where both are learned)."""
-        return float((self.diagonals_WR.square().sum() + self.lead_KK.square().sum()).sqrt()) / self.limit
+        return float((self.band_RW.square().sum() + self.lead_KK.square().sum()).sqrt()) / self.limit
 
     @torch.no_grad()
     def hold(self, drift: float) -> None:
         """Shrink B where it has moved the weight by more than `drift` of its norm."""
         if (now := self.drift()) > drift:
-            self.diagonals_WR.mul_(drift / now)
+            self.band_RW.mul_(drift / now)
             self.lead_KK.mul_(drift / now)
 
 
@@ -83,7 +82,7 @@ class BandMap(Map):
         return {name: state[name] + core.update() for name, core in zip(self.names, self._cores(), strict=True)}
 
     def learnables(self) -> Iterator[Learnables]:  # noqa: D102
-        params = [p for core in self._cores() for p in (core.diagonals_WR, core.lead_KK) if p.numel()]
+        params = [p for core in self._cores() for p in (core.band_RW, core.lead_KK) if p.numel()]
         yield Learnables("sde", tuple(params), self.step.rate, (2 * self.step.band + 1) ** -0.5)
 
     def constrain(self) -> None:  # noqa: D102
