@@ -7,16 +7,19 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench
+.PHONY: help demo test clients lint bench
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | awk -F'\t' '{ printf "make %-6s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | awk -F'\t' '{ printf "make %-7s %s\n", $$1, $$2 }'
 
 demo: $(READY) ## quantize SmolLM2-135M to 3 bits and compare perplexities (about 4 minutes)
 	@$(BIN)/makeweight demo
 
 test: lint ## lint, types, spelling and tests
 	@$(BIN)/python -m pytest
+
+clients: $(READY) ## the same files in the programs that load them (installs each, once; many minutes)
+	@$(BIN)/python -m pytest -m client tests/clients
 
 lint: $(READY) ## ruff, pyright, codespell
 	@$(BIN)/ruff check --quiet .

@@ -224,7 +224,7 @@ def _build(kind: type[T], given: object, where: str) -> T:
 def _scheme(given: object) -> Scheme:
     """Check kinds before `Scheme` compares values: its own checks assume numbers."""
     data = _mapping("scheme", given)
-    for key, least in (("bits", MIN_BITS), ("group_size", -1)):
+    for key, least in (("bits", MIN_BITS), ("group_size", -1), ("activations", 1)):
         if key in data:
             _whole(f"scheme.{key}", data[key], least=least)
     if "symmetric" in data:

@@ -1,21 +1,28 @@
-"""The compressed-tensors `pack-quantized` format, which vLLM and transformers load.
+"""The compressed-tensors formats `pack-quantized` (weights only) and `int-quantized` (W8A8).
 
-Codes of a row are packed along its inputs into int32 words, low bits first and without padding; zero-points are
-packed along the outputs. Widths other than 4 and 8 bits need compressed-tensors 0.18 or later, where this dense
-layout is the only one.
+Packed, codes of a row lie along its inputs in int32 words, low bits first and without padding, and zero-points along
+the outputs. Widths other than 4 and 8 bits need compressed-tensors 0.18 or later, where this dense layout is the only
+one. With 8-bit activations codes are stored as int8, and the runtime rounds what enters a linear, token by token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from makeweight.export.base import Facts
+from makeweight.export.hf import HfFormat
+from makeweight.models import packed
 from makeweight.numerics.qtensor import QTensor
 from makeweight.numerics.scheme import Scheme
 
+if TYPE_CHECKING:
+    from makeweight.export.solved import Solved
+
+TOKENS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
 VERSION = "0.18.0"
 """The oldest compressed-tensors that reads these files at every width."""
 
@@ -25,6 +32,8 @@ def pack(name: str, tensor: QTensor) -> dict[str, Tensor]:
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
     bits = tensor.scheme.bits
+    if tensor.scheme.activations == 8:
+        return {f"{name}.weight": tensor.codes_OI, f"{name}.weight_scale": tensor.scale_OG}
     parts = {
         f"{name}.weight_packed": pack_to_int32(tensor.codes_OI, bits),
         f"{name}.weight_scale": tensor.scale_OG,
@@ -47,22 +56,46 @@ def quantization_config(scheme: Scheme, ignore: Sequence[str]) -> dict[str, Any]
         "actorder": None,
         "observer": "memoryless_minmax",
     }
+    layout = "int-quantized" if scheme.activations == 8 else "pack-quantized"
     group = {
         "targets": ["Linear"],
         "weights": weights,
-        "input_activations": None,
+        "input_activations": TOKENS if scheme.activations == 8 else None,
         "output_activations": None,
-        "format": "pack-quantized",
+        "format": layout,
     }
-    return {
+    config = {
         "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
+        "format": layout,
         "quantization_status": "compressed",
         "config_groups": {"group_0": group},
         "ignore": list(ignore),
         "kv_cache_scheme": None,
-        # transformers would otherwise keep linears packed, for which compressed-tensors 0.20 expects zero-points that
-        # are not; unpacked at loading, every scheme arrives bit for bit. Other runtimes ignore this key.
-        "dequantize": True,
         "version": VERSION,
     }
+    if scheme.activations == 16:
+        # transformers would otherwise keep linears packed, for which compressed-tensors 0.20 expects zero-points that
+        # are not; unpacked at loading, every scheme arrives bit for bit. Other runtimes ignore this key.
+        config["dequantize"] = True
+    return config
+
+
+class CompressedTensors(HfFormat):
+    """The format of the solved folder itself, in fewer shards."""
+
+    name = "compressed-tensors"
+    summary = "packed words of 2-8 bits, or int8 weights and activations"
+    loads = ("transformers 5 with compressed-tensors 0.18", "vLLM: 4 and 8 bits, W8A8")
+    parts = tuple(part for part in packed.PARTS if part != "weight_g_idx")
+
+    def refusal(self, facts: Facts) -> str | None:  # noqa: D102
+        return None
+
+    def pack(self, tensor: QTensor, solved: Solved) -> dict[str, Tensor]:  # noqa: D102
+        return {name.removeprefix("."): part for name, part in pack("", tensor).items()}
+
+    def unpack(self, stored: Mapping[str, Tensor], solved: Solved) -> Tensor:  # noqa: D102
+        return packed.decode(stored, (solved.scheme.bits,), "a linear")
+
+    def quantization_config(self, solved: Solved) -> dict[str, Any]:  # noqa: D102
+        return quantization_config(solved.scheme, solved.ignore)

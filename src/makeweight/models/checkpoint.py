@@ -38,7 +38,7 @@ class Checkpoint:
     """An HF folder of safetensors, read lazily.
 
     `path` is the folder, `dtype` the floating dtype most weights are stored in, `spec` the family. A folder in
-    compressed-tensors' pack-quantized format looks like an ordinary one: its linears are decoded as they are read.
+    one of compressed-tensors' integer formats looks like an ordinary one: its linears are decoded as they are read.
     Raises `UserError` where a tensor of the model is missing or has another shape.
     """
 
@@ -72,12 +72,16 @@ class Checkpoint:
         return torch.float32 if most == torch.float64 else most
 
     @cached_property
+    def _packed(self) -> frozenset[str]:
+        return frozenset(packed.linears(self._shards.entries))
+
+    @cached_property
     def _names(self) -> dict[str, tuple[int, ...]]:
         """Stored tensors with packed linears counted as one weight: name and shape."""
         names: dict[str, tuple[int, ...]] = {}
         for stored, entry in self._shards.entries.items():
             linear, _, part = stored.rpartition(".")
-            if f"{linear}{packed.PACKED}" not in self._shards.entries or part not in packed.PARTS:
+            if linear not in self._packed or part not in packed.PARTS or part == "weight":
                 names[stored] = entry.shape
             elif part == "weight_shape":
                 height, width = self._shards.read(stored).tolist()
@@ -123,9 +127,9 @@ class Checkpoint:
                 )
 
     def _read(self, stored: str) -> Tensor:
-        if stored in self._shards.entries:
-            return self._shards.read(stored)
         linear = stored.removesuffix(".weight")
+        if linear not in self._packed:
+            return self._shards.read(stored)
         held = [part for part in packed.PARTS if f"{linear}.{part}" in self._shards.entries]
         parts = dict(zip(held, (self._shards.read(f"{linear}.{part}") for part in held), strict=True))
         return packed.decode(parts, self._bits, linear).to(self.dtype)

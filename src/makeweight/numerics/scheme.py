@@ -22,14 +22,16 @@ _PATTERN = re.compile(r"w(?P<bits>\d+)(?:a(?P<act>\d+))?(?:g(?P<group>-?\d+))?(?
 class Scheme:
     """Integer weights of `bits` bits on a uniform grid, one scale per `group_size` inputs of a row.
 
-    `group_size` -1 means one scale per output channel. Activations stay at 16 bit. A `scale_dtype` of
-    "auto" stores scales in the model's own dtype (float16 where that is float32).
+    `group_size` -1 means one scale per output channel. A `scale_dtype` of "auto" stores scales in the model's own
+    dtype (float16 where that is float32). `activations` 8 says that the runtime rounds what enters a linear to 8 bits,
+    with a scale for every token: weights must then be 8-bit, symmetric and per channel, which kernels exist for.
     """
 
     bits: int = 4
     group_size: int = 128
     symmetric: bool = False
     scale_dtype: ScaleDtype = "auto"
+    activations: Literal[8, 16] = 16
 
     def __post_init__(self) -> None:
         if not MIN_BITS <= self.bits <= MAX_BITS:
@@ -40,28 +42,32 @@ class Scheme:
             )
         if self.scale_dtype not in ("auto", "bfloat16", "float16", "float32"):
             raise UserError(f"scale dtype {self.scale_dtype!r} is unknown: choose auto, bfloat16, float16 or float32.")
+        if self.activations not in (8, 16):
+            raise UserError(f"{self.activations}-bit activations are not supported: choose 8 or 16.")
+        if self.activations == 8 and (self.bits, self.group_size, self.symmetric) != (8, -1, True):
+            raise UserError("8-bit activations need 8-bit symmetric weights with one scale per channel: write W8A8.")
 
     @classmethod
     def parse(cls, text: str, *, scale_dtype: ScaleDtype = "auto") -> Scheme:
-        """Read the field's shorthand, in any case: `W4A16` (per channel), `W3A16g64`, `w2a16g64_sym`."""
+        """Read the field's shorthand, in any case: `W4A16` (per channel), `W3A16g64`, `w2a16g64_sym`, `W8A8`."""
         match = _PATTERN.fullmatch(text.strip())
         if match is None:
             raise UserError(f"scheme {text!r} is not understood: write it like W3A16g64, W4A16 or W4A16g128_sym.")
-        if match["act"] not in (None, "16"):
-            raise UserError(
-                f"scheme {text!r} asks for {match['act']}-bit activations: only A16 (16-bit activations) is supported."
-            )
+        if match["act"] not in (None, "8", "16"):
+            raise UserError(f"scheme {text!r} asks for {match['act']}-bit activations: only A16 and A8 are supported.")
         group = int(match["group"]) if match["group"] else -1
         return cls(
             bits=int(match["bits"]),
             group_size=group,
-            symmetric=(match["sym"] or "").lower() == "sym",
+            symmetric=(match["sym"] or ("sym" if match["act"] == "8" else "")).lower() == "sym",
             scale_dtype=scale_dtype,
+            activations=8 if match["act"] == "8" else 16,
         )
 
     def __str__(self) -> str:
         group = "" if self.group_size == -1 else f"g{self.group_size}"
-        return f"W{self.bits}A16{group}{'_sym' if self.symmetric else ''}"
+        sym = "_sym" if self.symmetric and self.activations == 16 else ""
+        return f"W{self.bits}A{self.activations}{group}{sym}"
 
     @property
     def qmin(self) -> int:

@@ -1,0 +1,112 @@
+"""What Hugging Face folders of all formats share: shards that fill up block by block, config.json, the side files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor
+
+from makeweight.export.base import Format
+from makeweight.models.shards import INDEX, Shards
+from makeweight.numerics.qtensor import QTensor
+
+if TYPE_CHECKING:
+    from makeweight.export.solved import Solved
+
+SHARD_BYTES = 2_000_000_000
+"""A shard is written when it has grown to this; what waits for it is all that is held in memory."""
+
+
+class HfFormat(Format):
+    """A folder of safetensors in which other tensors stand in the place of each linear's weight."""
+
+    parts: ClassVar[tuple[str, ...]]
+    """Names of the tensors that may stand for a linear, without the linear's own."""
+
+    @abstractmethod
+    def pack(self, tensor: QTensor, solved: Solved) -> dict[str, Tensor]:
+        """Return the tensors that stand for a linear, by names of `parts`."""
+
+    @abstractmethod
+    def unpack(self, stored: Mapping[str, Tensor], solved: Solved) -> Tensor:
+        """Return the weight (O, I) that stored tensors stand for, not by undoing what `pack` does."""
+
+    @abstractmethod
+    def quantization_config(self, solved: Solved) -> dict[str, Any] | None:
+        """Return what config.json says of the quantization, None where nothing is to be said."""
+
+    def write(self, solved: Solved, folder: Path) -> None:  # noqa: D102
+        shards = ShardWriter(folder)
+        for part in solved.parts():
+            tensors = dict(part.kept)
+            for name, tensor in part.quantized.items():
+                tensors |= {f"{name}.{suffix}": packed for suffix, packed in self.pack(tensor, solved).items()}
+            shards.add(tensors)
+        shards.close()
+        for file in solved.side_files():
+            shutil.copyfile(file, folder / file.name)
+        config = self.quantization_config(solved)
+        whole = solved.config if config is None else {**solved.config, "quantization_config": config}
+        write_json(folder / "config.json", whole)
+
+    def read(self, solved: Solved, folder: Path) -> Iterator[tuple[str, Tensor]]:  # noqa: D102
+        shards = Shards(folder)
+        for name in solved.names:
+            held = [suffix for suffix in self.parts if f"{name}.{suffix}" in shards.entries]
+            stored = dict(zip(held, (shards.read(f"{name}.{suffix}") for suffix in held), strict=True))
+            yield name, self.unpack(stored, solved)
+
+    def read_kept(self, solved: Solved, folder: Path) -> Iterator[tuple[str, Tensor]]:  # noqa: D102
+        shards, own = Shards(folder), {f"{name}.{suffix}" for name in solved.names for suffix in self.parts}
+        yield from shards.read_many([name for name in shards.entries if name not in own])
+
+
+class ShardWriter:
+    """Collects tensors into shards of `limit` bytes; their names, which tell how many there are, come at the end."""
+
+    def __init__(self, folder: Path, limit: int = SHARD_BYTES) -> None:
+        self.folder, self.limit = folder, limit
+        self.waiting: dict[str, Tensor] = {}
+        self.written: list[list[str]] = []
+        self.total = 0
+
+    def add(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take a block's tensors, and write a shard when enough have come."""
+        self.waiting |= {name: tensor.contiguous() for name, tensor in tensors.items()}
+        if sum(tensor.nbytes for tensor in self.waiting.values()) >= self.limit:
+            self._flush()
+
+    def close(self) -> None:
+        """Write what waits, and give the shards their names: one file, or several with an index."""
+        if self.waiting:
+            self._flush()
+        count = len(self.written)
+        weight_map: dict[str, str] = {}
+        for index, names in enumerate(self.written):
+            final = "model.safetensors" if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+            self._part(index).replace(self.folder / final)
+            weight_map |= dict.fromkeys(names, final)
+        if count > 1:
+            write_json(self.folder / INDEX, {"metadata": {"total_size": self.total}, "weight_map": weight_map})
+
+    def _flush(self) -> None:
+        from safetensors.torch import save_file
+
+        save_file(self.waiting, self._part(len(self.written)), {"format": "pt"})
+        self._part(len(self.written)).chmod(0o644)  # safetensors makes its files private
+        self.total += sum(tensor.nbytes for tensor in self.waiting.values())
+        self.written.append(list(self.waiting))
+        self.waiting = {}
+
+    def _part(self, index: int) -> Path:
+        return self.folder / f"model-{index + 1:05d}.part"
+
+
+def write_json(file: Path, value: Mapping[str, Any]) -> None:
+    """Write indented JSON with sorted keys."""
+    file.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")

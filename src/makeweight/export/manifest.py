@@ -1,0 +1,106 @@
+"""manifest.json: the size and sha256 of every file of a folder and of every tensor in it, and of itself.
+
+A flipped bit anywhere in what was written is found by `check`, and named.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from makeweight.errors import UserError
+
+NAME = "manifest.json"
+
+
+def tensor_hash(tensor: Tensor) -> str:
+    """Return a sha256 over a tensor's dtype, shape and bytes."""
+    import torch
+
+    sha = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+    sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return sha.hexdigest()
+
+
+def build(folder: Path, *, leave_out: tuple[str, ...] = ()) -> str:
+    """Return the text of a folder's manifest, made from the files as they lie on the disk."""
+    names = [name for name in _files(folder) if name not in leave_out]
+    files = {name: {"bytes": (folder / name).stat().st_size, "sha256": _file_hash(folder / name)} for name in names}
+    return _text({"files": files, "tensors": _tensors(folder)})
+
+
+def check(folder: Path, *, leave_out: tuple[str, ...] = ()) -> list[str]:
+    """Return one sentence for everything in which a folder differs from its manifest; empty where nothing does.
+
+    Raises UserError where there is no folder or no manifest.
+    """
+    if not (folder / NAME).is_file():
+        raise UserError(f"{folder} has no {NAME}: give a folder that makeweight wrote, with all of its files.")
+    text = (folder / NAME).read_bytes()
+    try:
+        found: dict[str, Any] = json.loads(text)
+        sound = _text({"files": found["files"], "tensors": found["tensors"]}).encode() == text
+    except (ValueError, KeyError, TypeError):
+        sound = False
+        found = {}
+    if not sound:
+        return [f"{NAME} itself is damaged."]
+    problems = []
+    present = set(_files(folder)) - set(leave_out)
+    for name, entry in found["files"].items():
+        if name not in present:
+            problems.append(f"{name} is missing.")
+        elif (size := (folder / name).stat().st_size) != entry["bytes"]:
+            problems.append(f"{name} has {size} bytes instead of {entry['bytes']}.")
+        elif _file_hash(folder / name) != entry["sha256"]:
+            problems += _damaged(folder, name, found["tensors"])
+    problems += [f"{name} is not part of what was written." for name in sorted(present - found["files"].keys())]
+    return problems
+
+
+def _damaged(folder: Path, name: str, tensors: dict[str, Any]) -> list[str]:
+    """Name the tensors of a damaged file that differ, where the file can still be read."""
+    known = {key: entry for key, entry in tensors.items() if entry["file"] == name}
+    try:
+        now = _tensors_of(folder / name) if known else {}
+    # Whatever a damaged header leads its reader into.
+    except Exception:
+        now = {}
+    changed = [key for key, entry in known.items() if now.get(key) not in (None, entry["sha256"])]
+    where = f" in {', '.join(changed)}" if changed else ""
+    return [f"{name} is damaged{where}."]
+
+
+def _text(content: dict[str, Any]) -> str:
+    """Write a manifest, its own hash included, in the one way that counts as undamaged."""
+    own = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**content, "sha256": own}, indent=1, sort_keys=True) + "\n"
+
+
+def _files(folder: Path) -> list[str]:
+    found = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return sorted(name for name in found if name != NAME)
+
+
+def _file_hash(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _tensors(folder: Path) -> dict[str, Any]:
+    return {
+        tensor: {"file": file.name, "sha256": digest}
+        for file in sorted(folder.glob("*.safetensors"))
+        for tensor, digest in _tensors_of(file).items()
+    }
+
+
+def _tensors_of(file: Path) -> dict[str, str]:
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as handle:
+        return {name: tensor_hash(handle.get_tensor(name)) for name in handle.keys()}  # noqa: SIM118

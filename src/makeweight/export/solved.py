@@ -1,0 +1,116 @@
+"""A finished folder of `quantize`, the master copy that every format is written from: no calibration, no solving."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from makeweight.errors import UserError
+from makeweight.export.base import Facts
+from makeweight.export.folder import MARKER, OWN
+from makeweight.models import packed
+from makeweight.models.shards import Shards, read_json
+from makeweight.numerics.qtensor import QTensor
+from makeweight.numerics.scheme import Scheme
+from makeweight.recipe import Recipe
+
+NOT_SIDE = (*OWN, "config.json", "*.safetensors", "*.index.json", ".*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One shard in memory: tensors kept as they were, and quantized linears, all by full stored name."""
+
+    kept: dict[str, Tensor]
+    quantized: dict[str, QTensor]
+
+
+class Solved:
+    """Reads a solved folder shard by shard. Raises UserError for a folder that is none, or is not finished."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).expanduser()
+        if not (self.path / MARKER).is_file():
+            raise UserError(f"{self.path} is not a folder that `makeweight quantize` wrote: give its --out folder.")
+        if not read_json(self.path / MARKER).get("done"):
+            raise UserError(f"{self.path} is not finished: run the same `makeweight quantize` again to finish it.")
+        self.recipe = Recipe.load(self.path / "recipe.json")
+        self.scheme: Scheme = self.recipe.scheme
+        self.shards = Shards(self.path)
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The model's config.json without the quantization."""
+        config = read_json(self.path / "config.json")
+        config.pop("quantization_config", None)
+        return config
+
+    @cached_property
+    def ignore(self) -> tuple[str, ...]:
+        """The linears that were not quantized."""
+        return tuple(read_json(self.path / "config.json")["quantization_config"]["ignore"])
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """The quantized linears by full name, in the order of `parts`."""
+        return tuple(name for file in self.shards.files for name in packed.linears(self._inside(file)))
+
+    def _inside(self, file: Path) -> list[str]:
+        return sorted(name for name, entry in self.shards.entries.items() if entry.file == file)
+
+    def parts(self) -> Iterator[Part]:
+        """Yield what each shard holds; the first lies outside the blocks, then one per block."""
+        for file in self.shards.files:
+            stored = dict(self.shards.read_many(self._inside(file)))
+            linears = list(packed.linears(stored))
+            yield Part(quantized={name: self._take(stored, name) for name in linears}, kept=stored)
+
+    def _take(self, stored: dict[str, Tensor], name: str) -> QTensor:
+        """Remove a linear's parts from the stored tensors and return what they stand for."""
+        parts = {part: stored.pop(f"{name}.{part}") for part in packed.PARTS if f"{name}.{part}" in stored}
+        codes_OI, scale_OG, zero_OG = packed.unpack(parts, (self.scheme.bits,), name)
+        return QTensor(codes_OI=codes_OI, scale_OG=scale_OG, zero_OG=zero_OG, scheme=self.scheme)
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """The dtype of most of what was kept."""
+        kept = (entry for name, entry in self.shards.entries.items() if not name.endswith(".weight_scale"))
+        sizes: Counter[torch.dtype] = Counter()
+        for entry in kept:
+            if entry.dtype.is_floating_point:
+                sizes[entry.dtype] += entry.size
+        return sizes.most_common(1)[0][0]
+
+    @cached_property
+    def facts(self) -> Facts:
+        """What formats ask before they promise anything; reads every scale and zero-point once."""
+        shapes: dict[str, tuple[int, int]] = {}
+        zeros: list[int] = []
+        fp16 = True
+        for part in self.parts():
+            for name, tensor in part.quantized.items():
+                height, width = tensor.codes_OI.shape
+                shapes[name] = (height, width)
+                fp16 = fp16 and torch.equal(tensor.scale_OG.half().float(), tensor.scale_OG.float())
+                if tensor.zero_OG is not None:
+                    zeros += [int(tensor.zero_OG.min()), int(tensor.zero_OG.max())]
+        return Facts(
+            scheme=self.scheme,
+            architecture=(self.config.get("architectures") or ["unknown"])[0],
+            shapes=shapes,
+            zeros=(min(zeros), max(zeros)) if zeros else None,
+            fp16_scales=fp16,
+            config=self.config,
+        )
+
+    def side_files(self) -> list[Path]:
+        """Return tokenizer, chat template, generation config and whatever else is no weight."""
+        files = (file for file in sorted(self.path.iterdir()) if file.is_file())
+        return [file for file in files if not any(file.match(pattern) for pattern in NOT_SIDE)]
