@@ -26,6 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "calib": BASE | {"recipe", "models"},
     "methods": BASE | {"recipe", "models", "calib"},
     "sweep": BASE | {"recipe", "models", "calib", "methods.base"},
+    "options": BASE | {"recipe"},
     "plan": BASE | {"recipe", "models", "calib", "methods"},
     "estimate": BASE | {"recipe", "models", "plan"},
     "export": LEAF,
@@ -33,7 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "report": LEAF | {"evals"},
     "pipeline": ENGINE | {"", "estimate", "export", "evals", "report"},
     "demo": ENGINE | {"report", "pipeline"},
-    "cli": ENGINE | {"", "export", "evals", "report", "pipeline", "demo"},
+    "cli": ENGINE | {"", "options", "export", "evals", "report", "pipeline", "demo"},
     "": ENGINE | {"export", "evals", "report", "pipeline"},
 }
 

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from makeweight.evals.perplexity import evaluate
+    from makeweight.export.run import export
     from makeweight.numerics.scheme import Scheme
     from makeweight.pipeline import quantize
     from makeweight.recipe import Calib, Eval, Recipe, Tune
 
 __version__ = "0.1.0"
-__all__ = ["Calib", "Eval", "Recipe", "Scheme", "Tune", "__version__", "evaluate", "quantize"]
+__all__ = ["Calib", "Eval", "Recipe", "Scheme", "Tune", "__version__", "evaluate", "export", "quantize"]
 
 _HOMES = {
     "Calib": "makeweight.recipe",
@@ -24,6 +25,7 @@ _HOMES = {
     "Scheme": "makeweight.numerics.scheme",
     "Tune": "makeweight.recipe",
     "evaluate": "makeweight.evals.perplexity",
+    "export": "makeweight.export.run",
     "quantize": "makeweight.pipeline",
 }
 

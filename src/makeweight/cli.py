@@ -8,9 +8,8 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated
 
 import typer
 from rich import box
@@ -18,12 +17,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from makeweight import __version__
+from makeweight import __version__, options
 from makeweight.errors import UserError
 from makeweight.numerics.scheme import Scheme
-from makeweight.recipe import Option, Recipe, parse_blocks, parse_option, parse_rate
+from makeweight.recipe import Recipe, parse_blocks
 
-T = TypeVar("T")
+Formats = Annotated[
+    list[str] | None, typer.Option("--format", metavar="NAME,..", help="Write these formats beside the folder.")
+]
+Settings = Annotated[list[str] | None, typer.Option("--set", metavar="METHOD.OPTION=VALUE", help="As sde.band=8.")]
+Trust = Annotated[bool | None, typer.Option("--trust-remote-code", help="Run the model's own code.")]
 app = typer.Typer(
     help="Quantize large language models to 2-8 bits after training.",
     add_completion=False,
@@ -99,39 +102,38 @@ def quantize(
     steps: Annotated[int | None, typer.Option("--steps", "--iters", help="Per block [200].")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Samples per step [4].")] = None,
     lr: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="A method's learning rate.")] = None,
-    option: Annotated[
-        list[str] | None, typer.Option("--set", metavar="METHOD.OPTION=VALUE", help="As sde.band=8.")
-    ] = None,
+    option: Settings = None,
     eval_dataset: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="Text to evaluate on; repeat for more.")
     ] = None,
     eval_windows: Annotated[int | None, typer.Option(help="Evaluate on the first windows only.")] = None,
     eval_seqlen: Annotated[int | None, typer.Option(help="Tokens per window of evaluation [2048].")] = None,
     out: Annotated[str | None, typer.Option("--out", "--output-dir", help="Folder to write.")] = None,
+    formats: Formats = None,
     seed: Annotated[int | None, typer.Option(help="Of sampling and training [0].")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda [auto].")] = None,
     recipe: Annotated[Path | None, typer.Option(help="Start from a saved recipe; options given here win.")] = None,
-    trust_remote_code: Annotated[
-        bool | None, typer.Option("--trust-remote-code", help="Run the model's own code.")
-    ] = None,
+    trust_remote_code: Trust = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and estimate, then stop.")] = False,
 ) -> None:
     """Quantize a model; the same command resumes."""
     saved = Recipe.load(recipe) if recipe else None
-    grid = _scheme(saved.scheme if saved else Scheme(), scheme, bits, group_size, sym, scale_dtype)
-    base = saved or _start(model, out, grid)
-    wanted = _with(
+    grid = options.grid(saved.scheme if saved else Scheme(), scheme, bits, group_size, sym, scale_dtype)
+    base = saved or options.start(model, out, grid)
+    rates = options.rates(base, lr)
+    wanted = options.changed(
         base,
         model=model,
         method=method,
         scheme=grid,
         blocks=parse_blocks(blocks) if blocks is not None else None,
-        calib=_with(base.calib, dataset=dataset, nsamples=nsamples, seqlen=seqlen),
-        tune=_with(base.tune, steps=steps, batch_size=batch_size, device=device, rates=_rates(base, lr)),
-        eval=_with(base.eval, datasets=_names(eval_dataset), windows=eval_windows, seqlen=eval_seqlen),
+        calib=options.changed(base.calib, dataset=dataset, nsamples=nsamples, seqlen=seqlen),
+        tune=options.changed(base.tune, steps=steps, batch_size=batch_size, device=device, rates=rates),
+        eval=options.changed(base.eval, datasets=options.names(eval_dataset), windows=eval_windows, seqlen=eval_seqlen),
         out=out,
         seed=seed,
-        options=_options(base, option),
+        options=options.options(base, option),
+        formats=options.words(formats),
         trust_remote_code=trust_remote_code,
     )
     from makeweight.pipeline import preflight
@@ -142,6 +144,54 @@ def quantize(
         print(preflight(wanted))
     else:
         show(run(wanted))
+
+
+@app.command()
+def export(
+    path: Annotated[Path, typer.Argument(help="Folder that `quantize` wrote.")],
+    formats: Formats = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "--output-dir", help="Folder for one folder per format [beside PATH].")
+    ] = None,
+    push_to_hub: Annotated[str | None, typer.Option(metavar="USER/NAME", help="Upload what was written.")] = None,
+) -> None:
+    """Write other formats; without --format, say which fit."""
+    from makeweight.export.hub import push
+    from makeweight.export.run import can_export
+    from makeweight.export.run import export as run
+    from makeweight.export.solved import Solved
+
+    wanted = options.words(formats)
+    if not wanted:
+        answers = can_export(Solved(path))
+        rows = [(a.format, a.refusal or ("exactly" if a.exact else "rounded"), "; ".join(a.loads)) for a in answers]
+        _print_table(("format", f"holds {path.name}", "loads in"), rows)
+        return
+    done = run(path, wanted, out=out)
+    _print_table(
+        ("format", "MB", "linears", "other tensors", "furthest weight", "folder"),
+        [
+            (e.format, f"{e.bytes / 1e6:.1f}", str(e.linears), str(e.kept), _steps(e.deviation), str(e.path))
+            for e in done
+        ],
+    )
+    if push_to_hub:
+        for item in done:
+            print(push(item.path, push_to_hub if len(done) == 1 else f"{push_to_hub}-{item.format}"))
+
+
+def _steps(deviation: float) -> str:
+    return f"{deviation:.1g} steps off" if deviation else "equal"
+
+
+@app.command()
+def verify(path: Annotated[Path, typer.Argument(help="Folder that makeweight wrote.")]) -> None:
+    """Find out whether a written folder is undamaged."""
+    from makeweight.export.manifest import check
+
+    if problems := check(path):
+        raise UserError(f"{path} is not what was written: {' '.join(problems)} Write or download it again.")
+    print(f"{path} is what was written, byte for byte.")
 
 
 @app.command()
@@ -203,59 +253,6 @@ def demo(out: Annotated[Path, typer.Option("--out", "--output-dir", help="Folder
     from makeweight.demo import demo as run
 
     run(out)
-
-
-def _start(model: str | None, out: str | None, scheme: Scheme) -> Recipe:
-    """Begin a recipe from the command line alone; without --out the folder is named after model and scheme."""
-    if model is None:
-        raise UserError("--model is missing: name a Hugging Face folder, a hub name or a GGUF file.")
-    name = Path(model.rstrip("/")).name.removesuffix(".gguf") or "model"
-    return Recipe(model=model, out=out or f"{name}-{scheme}".lower())
-
-
-def _with(base: T, **changes: Any) -> T:
-    """Replace what was given on the command line and keep the rest."""
-    return replace(base, **{name: value for name, value in changes.items() if value is not None})  # pyright: ignore[reportReturnType, reportArgumentType]
-
-
-def _scheme(
-    base: Scheme, text: str | None, bits: int | None, group_size: int | None, sym: bool | None, dtype: str | None
-) -> Scheme:
-    changes: dict[str, Any] = {"bits": bits, "group_size": group_size, "symmetric": sym, "scale_dtype": dtype}
-    if text is None:
-        return _with(base, **changes)
-    named = _with(Scheme.parse(text, scale_dtype=base.scale_dtype), scale_dtype=dtype)
-    flags = {
-        "bits": f"--bits {bits}",
-        "group_size": f"--group-size {group_size}",
-        "symmetric": "--sym" if sym else "--asym",
-    }
-    for name, flag in flags.items():
-        if changes[name] is not None and changes[name] != getattr(named, name):
-            raise UserError(f"--scheme {text} means {_long(named)}, and {flag} says otherwise: give one of the two.")
-    return named
-
-
-def _long(scheme: Scheme) -> str:
-    group = "one scale per channel" if scheme.group_size == -1 else f"groups of {scheme.group_size}"
-    return f"{scheme.bits} bits, {group}, {'symmetric' if scheme.symmetric else 'asymmetric'}"
-
-
-def _names(given: list[str] | None) -> tuple[str, ...] | None:
-    return tuple(given) if given else None
-
-
-def _rates(base: Recipe, given: list[str] | None) -> dict[str, float] | None:
-    return {**base.tune.rates, **dict(map(parse_rate, given))} if given else None
-
-
-def _options(base: Recipe, given: list[str] | None) -> dict[str, dict[str, Option]] | None:
-    if not given:
-        return None
-    options = {method: dict(values) for method, values in base.options.items()}
-    for method, name, value in map(parse_option, given):
-        options.setdefault(method, {})[name] = value
-    return options
 
 
 def _is_table(value: object) -> bool:

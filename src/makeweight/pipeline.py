@@ -8,7 +8,7 @@ import platform
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -16,10 +16,13 @@ import torch
 from makeweight import __version__
 from makeweight.calib.capture import find_device
 from makeweight.calib.data import calibration_tokens, evaluation_texts
+from makeweight.errors import UserError
 from makeweight.estimate import Estimate, estimate
 from makeweight.evals.perplexity import Perplexity, evaluate
 from makeweight.export import compressed_tensors
+from makeweight.export.base import Facts
 from makeweight.export.folder import OWN, Folder
+from makeweight.export.run import export, known
 from makeweight.methods.base import Context
 from makeweight.models import packed
 from makeweight.models.checkpoint import Checkpoint
@@ -48,11 +51,13 @@ def quantize(recipe: Recipe) -> Record:
         job.solve(folder)
         files = [file for file in job.ckpt.side_files() if file.name not in OWN]
         folder.finish(job.config(), files, {"recipe.json": recipe.to_json()})
-    elif (folder.path / FILE).is_file():
+    elif folder.sealed:
         record = Record.load(folder.path)
-        if record.recipe["eval"] == recipe_data(recipe)["eval"]:
+        if all(record.recipe[name] == recipe_data(recipe)[name] for name in ("eval", "formats")):
             return record
-    return job.record(folder)
+    record = job.record(folder)
+    folder.seal()
+    return record
 
 
 def preflight(recipe: Recipe) -> str:
@@ -79,6 +84,7 @@ class Job:
         device = find_device(recipe.tune.device)
         ckpt = open_checkpoint(recipe.model, trust_remote_code=recipe.trust_remote_code)
         blocks = check(plan, recipe, ckpt)
+        refuse_formats(recipe, ckpt, blocks)
         ckpt.check_sound()
         tokenizer = ckpt.tokenizer()
         evaluation_texts(tokenizer, recipe.eval.datasets, seqlen=recipe.eval.seqlen, windows=recipe.eval.windows)
@@ -101,7 +107,7 @@ class Job:
     def identity(self) -> str:
         """Return a hash of all that decides the bytes of the weights."""
         data = recipe_data(self.recipe)
-        for name in ("model", "out", "eval", "trust_remote_code"):
+        for name in ("model", "out", "eval", "formats", "trust_remote_code"):
             del data[name]
         # The plan holds every setting that the recipe leaves to its default: a release may change one.
         text = json.dumps([data, repr(self.plan), self.ckpt.fingerprint(), __version__], sort_keys=True)
@@ -199,6 +205,7 @@ class Job:
 
     def record(self, folder: Folder) -> Record:
         """Evaluate the written folder and write the record."""
+        exports = tuple({**asdict(item), "path": str(item.path)} for item in export(folder.path, self.recipe.formats))
         start, recipe = time.perf_counter(), self.recipe
         perplexities = measure(recipe, str(folder.path), "evaluating the result")
         baselines = measure(recipe, str(self.ckpt.path), "evaluating the original") if recipe.eval.baseline else ()
@@ -216,6 +223,7 @@ class Job:
             perplexities=perplexities,
             baselines=baselines,
             blocks=reports,
+            exports=exports,
             machine=machine(self.device),
             cost=Cost(
                 solve_seconds=sum(report["seconds"] for report in reports),
@@ -226,6 +234,21 @@ class Job:
         )
         folder.write_text(FILE, record.to_json())
         return record
+
+
+def refuse_formats(recipe: Recipe, ckpt: Checkpoint, blocks: range) -> None:
+    """Refuse a format that cannot hold what is going to be solved, as far as that is known before, and its folder."""
+    shapes = {
+        ckpt.block_names(i)[f"{name}.weight"].removesuffix(".weight"): shape
+        for i in blocks
+        for name, shape in ckpt.linear_shapes(i).items()
+    }
+    config = json.loads((ckpt.path / "config.json").read_text(encoding="utf-8"))
+    architecture = (config.get("architectures") or ["unknown"])[0]
+    facts = Facts(scheme=recipe.scheme, architecture=architecture, shapes=shapes, config=config, folder=ckpt.path)
+    for name in recipe.formats:
+        if reason := known(name).refusal(facts):
+            raise UserError(f"{name} cannot hold {ckpt.name} at {recipe.scheme}: {reason}.")
 
 
 def measure(recipe: Recipe, model: str, title: str) -> tuple[Perplexity, ...]:

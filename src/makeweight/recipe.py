@@ -94,7 +94,7 @@ class Recipe:
     """Everything that decides what a run writes.
 
     `blocks` is a half-open range of blocks to quantize (None: all), `options` overrides settings of methods by name,
-    as in {"sde": {"band": 16}}.
+    as in {"sde": {"band": 16}}. `formats` are written beside `out`, which itself is compressed-tensors.
     """
 
     model: str
@@ -107,6 +107,7 @@ class Recipe:
     eval: Eval = field(default_factory=Eval)
     seed: int = 0
     options: Mapping[str, Mapping[str, Option]] = field(default_factory=dict)
+    formats: tuple[str, ...] = ()
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
@@ -120,6 +121,11 @@ class Recipe:
         if self.blocks is not None:
             object.__setattr__(self, "blocks", _range(self.blocks))
         _whole("seed", self.seed, least=0)
+        if not isinstance(self.formats, tuple | list):
+            raise UserError(f"formats={self.formats!r} is not a list: give the names in brackets.")
+        for name in self.formats:
+            _text("formats", name)
+        object.__setattr__(self, "formats", tuple(self.formats))
         _flag("trust_remote_code", self.trust_remote_code)
         options = _mapping("options", self.options)
         options = {name: _mapping(f"options.{name}", given) for name, given in options.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,6 +24,12 @@ from makeweight.calib import data
 from makeweight.calib.capture import blocks_of
 from makeweight.errors import UserError
 from makeweight.evals import perplexity as room
+from makeweight.models.load import open_checkpoint
+from makeweight.numerics.grid import round_tokens
+from makeweight.numerics.scheme import Scheme
+from makeweight.pipeline import quantize
+from tests.runs import a_text, small
+from tests.tiny import tiny_folder
 
 VOCABULARY, TOKENS = 128, 40
 SHAPE: dict[str, Any] = {
@@ -50,6 +57,7 @@ class FakeCheckpoint:
     """A checkpoint whose file is a model in memory; counts the blocks that hold weights at once."""
 
     name = "fake"
+    activations = 16
 
     def __init__(self, model: Any) -> None:
         self.model, self.config, self.dtype = model, model.config, model.dtype
@@ -169,3 +177,23 @@ def test_evaluate_serves_all_texts_in_one_pass(opened: FakeCheckpoint, capfd: py
 def test_refusals(opened: FakeCheckpoint, options: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
         room.evaluate("model", **({"seqlen": TOKENS, "device": "cpu"} | options))
+
+
+def test_eight_bit_activations_are_rounded_as_the_runtime_will(tmp_path: Path) -> None:
+    model, text = tiny_folder("llama", tmp_path / "model"), a_text(tmp_path / "words.txt")
+    quantize(small(model, tmp_path / "out", text, method="rtn", scheme=Scheme.parse("W8A8"), blocks=(0, 2)))
+    ckpt = open_checkpoint(tmp_path / "out")
+    assert ckpt.activations == 8
+    windows_NT = torch.arange(64).reshape(2, 32) * 11 % 256
+    measured = room.perplexity(ckpt, windows_NT, dtype=torch.float32)
+
+    whole = ckpt.skeleton()
+    for i in range(ckpt.n_blocks):
+        block = ckpt.load_block(whole, i)
+        for name in ckpt.linears() if i < 2 else ():
+            block.get_submodule(name).register_forward_pre_hook(lambda _, given: (round_tokens(given[0], 8),))
+    whole.float()
+    losses = [float(whole(input_ids=row[None], labels=row[None]).loss) for row in windows_NT]
+    assert measured == pytest.approx(math.exp(sum(losses) / 2), rel=1e-4)
+    ckpt.activations = 16
+    assert measured != pytest.approx(room.perplexity(ckpt, windows_NT, dtype=torch.float32), rel=1e-4)

@@ -12,7 +12,7 @@ from compressed_tensors.quantization.lifecycle.forward import fake_quantize, qua
 from compressed_tensors.quantization.utils import calculate_qparams
 from torch import Tensor
 
-from makeweight.numerics.grid import clipped_grid, from_codes, grouped, qparams, ranges, to_codes
+from makeweight.numerics.grid import clipped_grid, from_codes, grouped, qparams, ranges, round_tokens, to_codes
 from makeweight.numerics.scheme import Scheme
 
 SHAPES = ((5, 96), (1, 48), (16, 16))
@@ -241,3 +241,14 @@ def test_gradients_keep_fp32_under_a_bf16_forward() -> None:
     for low_precision, full in zip(*grads, strict=True):
         assert low_precision.dtype == torch.float32
         assert torch.equal(low_precision, full)
+
+
+def test_tokens_are_rounded_as_a_runtime_does() -> None:
+    hidden_BTD = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(3)) * 4
+    hidden_BTD[0, 1] = 0
+    args = QuantizationArgs(num_bits=8, symmetric=True, strategy=QuantizationStrategy.TOKEN, dynamic=True)
+    scale, zero = calculate_qparams(hidden_BTD.amin(-1, keepdim=True), hidden_BTD.amax(-1, keepdim=True), args)
+    rounded_BTD = round_tokens(hidden_BTD, 8)
+    torch.testing.assert_close(rounded_BTD, fake_quantize(hidden_BTD, scale, zero, args), rtol=1e-6, atol=1e-6)
+    assert not torch.equal(rounded_BTD, hidden_BTD)
+    assert round_tokens(hidden_BTD.bfloat16(), 8).dtype == torch.bfloat16

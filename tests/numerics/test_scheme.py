@@ -72,3 +72,14 @@ def test_group_of() -> None:
     assert Scheme(group_size=-1).group_of(577, "q_proj") == 577
     with pytest.raises(UserError, match=r"128 does not divide the 576 inputs of q_proj: use one of 16, 32, 48, 64, 96"):
         Scheme(group_size=128).group_of(576, "q_proj")
+
+
+def test_eight_bit_activations() -> None:
+    scheme = Scheme.parse("W8A8")
+    assert (scheme.bits, scheme.group_size, scheme.symmetric, scheme.activations) == (8, -1, True, 8)
+    assert str(scheme) == "W8A8" and Scheme.parse(str(scheme)) == scheme
+    for text in ("W8A8g64", "W8A8_asym", "W4A8"):
+        with pytest.raises(UserError, match="write W8A8"):
+            Scheme.parse(text)
+    with pytest.raises(UserError, match="choose 8 or 16"):
+        Scheme(bits=8, activations=4)  # pyright: ignore[reportArgumentType]

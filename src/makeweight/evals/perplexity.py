@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from makeweight.calib.capture import capture, find_device, finish, place, run_block
 from makeweight.calib.data import evaluation_texts
 from makeweight.errors import UserError
+from makeweight.numerics.grid import round_tokens
 
 if TYPE_CHECKING:
     from makeweight.models.load import Checkpoint
@@ -119,6 +120,8 @@ def window_nll(
     for index, kwargs in enumerate(captured.kwargs):
         block = ckpt.load_block(skeleton, index)
         place(block, device, dtype)
+        if ckpt.activations < 16:
+            _round_inputs(block, ckpt.packed_linears(index), ckpt.activations)
         for chunk_BTD in hidden_NTD.split(batch):
             chunk_BTD.copy_(run_block(block, chunk_BTD.to(device), kwargs))
         ckpt.unload_block(skeleton, index)
@@ -131,6 +134,12 @@ def window_nll(
     if progress is not None:
         progress(total, total)
     return torch.tensor(losses, dtype=torch.float64)
+
+
+def _round_inputs(block: nn.Module, linears: Sequence[str], bits: int) -> None:
+    """Do to what enters the quantized linears what a runtime does."""
+    for name in linears:
+        block.get_submodule(name).register_forward_pre_hook(lambda _, given: (round_tokens(given[0], bits), *given[1:]))
 
 
 def _nll(model: nn.Module, blocks_path: str, hidden_TD: Tensor, tokens_T: Tensor) -> float:

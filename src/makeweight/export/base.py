@@ -29,7 +29,8 @@ class Facts:
     """What decides whether a format can hold a model; the fields with defaults are known once it is solved.
 
     `shapes` are (O, I) of the quantized linears by full name, `zeros` the smallest and largest signed zero-point,
-    `fp16_scales` whether every scale is a float16 value, `architecture` the class that config.json names.
+    `fp16_scales` whether every scale is a float16 value, `architecture` the class that config.json names, `folder`
+    where the tokenizer lies.
     """
 
     scheme: Scheme
@@ -38,6 +39,7 @@ class Facts:
     zeros: tuple[int, int] | None = None
     fp16_scales: bool = True
     config: Mapping[str, Any] = field(default_factory=dict)
+    folder: Path | None = None
 
     def misfit(self, *, inputs: int = 1, outputs: int = 1) -> str | None:
         """Return a clause on the first linear whose sizes are no multiples of these, None where all are."""
@@ -54,12 +56,14 @@ class Format(ABC):
     summary: ClassVar[str]
     loads: ClassVar[tuple[str, ...]]
     """What loads it and from which version, as in "vLLM 0.11"."""
-    tolerance: ClassVar[float] = 0.0
-    """How far a weight read back may lie from the solved one, in steps of its scale."""
 
     @abstractmethod
     def refusal(self, facts: Facts) -> str | None:
         """Return why this format cannot hold such a model, as a clause, or None where it can."""
+
+    def tolerance(self, facts: Facts) -> float:
+        """Return how far a weight read back may lie from the solved one, in steps of its scale."""
+        return 0.0
 
     @abstractmethod
     def write(self, solved: Solved, folder: Path) -> None:

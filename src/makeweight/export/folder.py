@@ -16,11 +16,14 @@ from typing import Any
 from torch import Tensor
 
 from makeweight.errors import UserError
+from makeweight.export import manifest
 
 MARKER = "makeweight.json"
 REPORTS = "blocks.json"
-OWN = (MARKER, REPORTS, "recipe.json", "record.json")
-"""What a run adds to a folder besides the model; a model quantized again must not pass them on."""
+NOTE = "export.json"
+"""What was written from which solved folder."""
+OWN = (MARKER, REPORTS, NOTE, "recipe.json", "record.json", manifest.NAME)
+"""What is added to a folder besides the model; a model quantized again must not pass them on."""
 INDEX = "model.safetensors.index.json"
 
 Verify = Callable[[Mapping[str, Tensor]], None]
@@ -116,6 +119,15 @@ class Folder:
             self.write_text(name, text)
         self._write_json("config.json", config)
         self._write_json(MARKER, {**(self.marker() or {}), "done": True})
+
+    def seal(self) -> None:
+        """Write the manifest of the folder as it is now; its last file."""
+        self.write_text(manifest.NAME, manifest.build(self.path))
+
+    @property
+    def sealed(self) -> bool:
+        """Whether a manifest is there."""
+        return (self.path / manifest.NAME).is_file()
 
     def size(self) -> int:
         """Return the bytes of all shards."""

@@ -40,6 +40,10 @@ class HfFormat(Format):
     def quantization_config(self, solved: Solved) -> dict[str, Any] | None:
         """Return what config.json says of the quantization, None where nothing is to be said."""
 
+    def side_texts(self, solved: Solved) -> dict[str, str]:
+        """Return what else to write, by name of the file."""
+        return {}
+
     def write(self, solved: Solved, folder: Path) -> None:  # noqa: D102
         shards = ShardWriter(folder)
         for part in solved.parts():
@@ -53,6 +57,8 @@ class HfFormat(Format):
         config = self.quantization_config(solved)
         whole = solved.config if config is None else {**solved.config, "quantization_config": config}
         write_json(folder / "config.json", whole)
+        for name, text in self.side_texts(solved).items():
+            (folder / name).write_text(text, encoding="utf-8")
 
     def read(self, solved: Solved, folder: Path) -> Iterator[tuple[str, Tensor]]:  # noqa: D102
         shards = Shards(folder)
@@ -107,6 +113,25 @@ class ShardWriter:
         return self.folder / f"model-{index + 1:05d}.part"
 
 
+def left_alone(solved: Solved) -> list[str]:
+    """Return the modules whose linears were not quantized, without `lm_head`, which no format here packs.
+
+    Where none of a parent's linears was, the parent stands for them: runtimes fuse some of them under another name.
+    """
+    found: dict[str, None] = {}
+    for name in solved.ignore:
+        parent = name.rpartition(".")[0]
+        mixed = not parent or any(other.startswith(f"{parent}.") for other in solved.names)
+        if name != "lm_head":
+            found[name if mixed else parent] = None
+    return list(found)
+
+
+def json_text(value: Mapping[str, Any]) -> str:
+    """Return indented JSON with sorted keys."""
+    return json.dumps(value, indent=2, sort_keys=True) + "\n"
+
+
 def write_json(file: Path, value: Mapping[str, Any]) -> None:
     """Write indented JSON with sorted keys."""
-    file.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    file.write_text(json_text(value), encoding="utf-8")

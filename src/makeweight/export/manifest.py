@@ -94,12 +94,16 @@ def _file_hash(file: Path) -> str:
 def _tensors(folder: Path) -> dict[str, Any]:
     return {
         tensor: {"file": file.name, "sha256": digest}
-        for file in sorted(folder.glob("*.safetensors"))
+        for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.gguf")])
         for tensor, digest in _tensors_of(file).items()
     }
 
 
 def _tensors_of(file: Path) -> dict[str, str]:
+    if file.suffix == ".gguf":
+        from makeweight.export.gguf_file import stored_tensors
+
+        return {name: hashlib.sha256(stored.data.data).hexdigest() for name, stored in stored_tensors(file).items()}
     from safetensors import safe_open
 
     with safe_open(file, framework="pt") as handle:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from makeweight.errors import UserError, did_you_mean
 from makeweight.export import manifest
 from makeweight.export.base import Format, deviation
+from makeweight.export.folder import NOTE
 from makeweight.export.formats import FORMATS
+from makeweight.export.hf import write_json
 from makeweight.export.manifest import tensor_hash
 from makeweight.export.solved import Solved
 
@@ -44,44 +47,51 @@ def can_export(solved: Solved) -> list[Answer]:
     """Ask every format about a solved folder; nothing is written."""
     return [
         Answer(
-            format=name, refusal=form.refusal(solved.facts) or "", exact=form.tolerance == 0, loads=tuple(form.loads)
+            format=name,
+            refusal=form.refusal(solved.facts) or "",
+            exact=form.tolerance(solved.facts) == 0,
+            loads=tuple(form.loads),
         )
         for name, form in FORMATS.items()
     ]
 
 
-def export(
-    path: str | Path,
-    formats: Sequence[str],
-    *,
-    out: str | Path | None = None,
-    progress: Callable[[str], None] | None = None,
-) -> list[Exported]:
+def export(path: str | Path, formats: Sequence[str], *, out: str | Path | None = None) -> list[Exported]:
     """Write a solved folder in other formats, each into `out`/<format> (None: beside it, as <folder>-<format>).
 
-    Nothing is solved again. Raises UserError, before anything is written, for a format that is unknown or cannot hold
-    the model, and for a folder that is already there; RuntimeError where what was written reads back differently.
+    Nothing is solved again, and what an earlier call wrote from the same folder is not written again. Raises UserError,
+    before anything is written, for a format that is unknown or cannot hold the model, and for a folder that holds
+    something else; RuntimeError where what was written reads back differently.
     """
-    chosen = [_known(name) for name in dict.fromkeys(formats)]
     solved = Solved(path)
-    base = solved.path.resolve()
-    targets = [
-        Path(out).expanduser() / form.name if out else base.with_name(f"{base.name}-{form.name}") for form in chosen
-    ]
-    for form, target in zip(chosen, targets, strict=True):
+    chosen = [(form, target_of(solved.path, form.name, out)) for form in map(known, dict.fromkeys(formats))]
+    for form, target in chosen:
         if reason := form.refusal(solved.facts):
             raise UserError(f"{form.name} cannot hold {solved.path}: {reason}.")
-        if target.exists():
-            raise UserError(f"{target} already exists: give another --out, or delete it.")
-    done = []
-    for form, target in zip(chosen, targets, strict=True):
-        if progress is not None:
-            progress(form.name)
-        done.append(_export(form, solved, target))
-    return done
+        if target.exists() and _earlier(target, solved) is None:
+            raise UserError(f"{target} already holds something else: give another --out, or delete it.")
+    return [_earlier(target, solved) or _export(form, solved, target) for form, target in chosen]
 
 
-def _known(name: str) -> Format:
+def target_of(solved: Path, form: str, out: str | Path | None) -> Path:
+    """Return the folder that a format is written into."""
+    whole = solved.expanduser().resolve()
+    return Path(out).expanduser() / form if out else whole.with_name(f"{whole.name}-{form}")
+
+
+def _earlier(target: Path, solved: Solved) -> Exported | None:
+    """Return what an earlier call wrote from the same solved folder, None where it did not."""
+    try:
+        found = json.loads((target / NOTE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if found.pop("solved", None) != solved.identity:
+        return None
+    return Exported(**{**found, "path": target})
+
+
+def known(name: str) -> Format:
+    """Return a format by its name, or refuse in a sentence."""
     if name not in FORMATS:
         raise UserError(f"format {name!r} is unknown{did_you_mean(name, FORMATS)}: choose among {', '.join(FORMATS)}.")
     return FORMATS[name]
@@ -95,10 +105,13 @@ def _export(form: Format, solved: Solved, target: Path) -> Exported:
     shutil.copyfile(solved.path / "recipe.json", part / "recipe.json")
     worst = _compare(form, solved, part)
     kept = _compare_kept(form, solved, part)
+    size = sum(file.stat().st_size for file in part.rglob("*") if file.is_file())
+    done = Exported(format=form.name, path=target, linears=len(solved.names), kept=kept, bytes=size, deviation=worst)
+    note = {name: value for name, value in asdict(done).items() if name != "path"}
+    write_json(part / NOTE, {**note, "solved": solved.identity})
     (part / manifest.NAME).write_text(manifest.build(part), encoding="utf-8")
     part.replace(target)
-    size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
-    return Exported(format=form.name, path=target, linears=len(solved.names), kept=kept, bytes=size, deviation=worst)
+    return done
 
 
 def _compare(form: Format, solved: Solved, folder: Path) -> float:
@@ -109,7 +122,7 @@ def _compare(form: Format, solved: Solved, folder: Path) -> float:
         for name, tensor in part.quantized.items():
             got, weight_OI = next(written)
             off = deviation(weight_OI, tensor) if got == name else float("inf")
-            if not off <= form.tolerance:
+            if not off <= form.tolerance(solved.facts):
                 raise RuntimeError(f"{name} reads back differently from {folder}: {off:.3g} steps off")
             worst = max(worst, off)
             seen.add(name)

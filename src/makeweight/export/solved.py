@@ -39,7 +39,9 @@ class Solved:
         self.path = Path(path).expanduser()
         if not (self.path / MARKER).is_file():
             raise UserError(f"{self.path} is not a folder that `makeweight quantize` wrote: give its --out folder.")
-        if not read_json(self.path / MARKER).get("done"):
+        marker = read_json(self.path / MARKER)
+        self.identity = str(marker.get("identity"))
+        if not marker.get("done"):
             raise UserError(f"{self.path} is not finished: run the same `makeweight quantize` again to finish it.")
         self.recipe = Recipe.load(self.path / "recipe.json")
         self.scheme: Scheme = self.recipe.scheme
@@ -108,6 +110,7 @@ class Solved:
             zeros=(min(zeros), max(zeros)) if zeros else None,
             fp16_scales=fp16,
             config=self.config,
+            folder=self.path,
         )
 
     def side_files(self) -> list[Path]:

@@ -37,7 +37,8 @@ _WEIGHTS = (
 class Checkpoint:
     """An HF folder of safetensors, read lazily.
 
-    `path` is the folder, `dtype` the floating dtype most weights are stored in, `spec` the family. A folder in
+    `path` is the folder, `dtype` the floating dtype most weights are stored in, `spec` the family, `activations` the
+    bits to which a runtime rounds what enters a quantized linear (16: not at all). A folder in
     one of compressed-tensors' integer formats looks like an ordinary one: its linears are decoded as they are read.
     Raises `UserError` where a tensor of the model is missing or has another shape.
     """
@@ -49,9 +50,11 @@ class Checkpoint:
         *,
         name: str,
         bits: tuple[int, ...] = (),
+        activations: int = 16,
         trust_remote_code: bool = False,
     ) -> None:
         self.path, self.name, self.config = path, name, config
+        self.activations = activations
         self._bits, self._trust = bits, trust_remote_code
         self._shards = Shards(path)
         self.dtype = self._stored_dtype()
@@ -221,6 +224,13 @@ class Checkpoint:
         """Return the relative names of every `nn.Linear` in a block (the first one if none is given), in order."""
         block = self.blocks(self._layout)[0] if block is None else block
         return tuple(name for name, module in block.named_modules() if isinstance(module, nn.Linear))
+
+    def packed_linears(self, i: int) -> tuple[str, ...]:
+        """Return the relative names of the linears of block `i` that are stored quantized."""
+        stored = self.block_names(i)
+        return tuple(
+            name for name in self.linears() if stored[f"{name}.weight"].removesuffix(".weight") in self._packed
+        )
 
     def all_linears(self) -> tuple[str, ...]:
         """Return the full names of every `nn.Linear` of the model, inside and outside the blocks."""

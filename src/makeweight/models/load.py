@@ -28,9 +28,15 @@ def open_checkpoint(model: str | Path, *, trust_remote_code: bool = False) -> Ch
     if not (path / "config.json").is_file():
         raise UserError(f"{path} has no config.json: give a Hugging Face model folder, a hub name or a .gguf file.")
     raw = read_json(path / "config.json")
-    bits = packed.declared_bits(raw["quantization_config"], str(path)) if raw.get("quantization_config") else ()
-    config = _config(path, trust_remote_code)
-    return Checkpoint(path, config, name=name, bits=bits, trust_remote_code=trust_remote_code)
+    quantization = raw.get("quantization_config") or {}
+    return Checkpoint(
+        path,
+        _config(path, trust_remote_code),
+        name=name,
+        bits=packed.declared_bits(quantization, str(path)) if quantization else (),
+        activations=packed.declared_activations(quantization),
+        trust_remote_code=trust_remote_code,
+    )
 
 
 def locate(model: str | Path, *, code: bool = False) -> tuple[Path, str]:

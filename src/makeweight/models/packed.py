@@ -36,6 +36,13 @@ def declared_bits(quantization: Mapping[str, Any], folder: str) -> tuple[int, ..
     return tuple(sorted({int(scheme["num_bits"]) for scheme in schemes if "num_bits" in scheme}))
 
 
+def declared_activations(quantization: Mapping[str, Any]) -> int:
+    """Return the bits to which the runtime rounds what enters a packed linear; 16 where it does not."""
+    groups = (quantization.get("config_groups") or {}).values()
+    found = [group.get("input_activations") for group in groups]
+    return min((int(given["num_bits"]) for given in found if given), default=16)
+
+
 def decode(parts: Mapping[str, Tensor], bits: tuple[int, ...], name: str) -> Tensor:
     """Return the float32 weight [O, I] of the linear `name` from its stored `parts`; raises as `unpack` does."""
     codes_OI, scale_OG, zero_OG = unpack(parts, bits, name)

@@ -54,6 +54,14 @@ def from_codes(codes_OGS: Tensor, scale_OG: Tensor, zero_OG: Tensor) -> Tensor:
     return (codes_OGS - zero_OG.unsqueeze(-1)) * scale_OG.unsqueeze(-1)
 
 
+def round_tokens(hidden: Tensor, bits: int) -> Tensor:
+    """Round what enters a linear to `bits` bits, symmetric, one scale per token (the last dimension), same dtype."""
+    scheme = Scheme(bits=bits, group_size=-1, symmetric=True)
+    rows = hidden.float().reshape(-1, 1, hidden.shape[-1])
+    scale, zero = qparams(*ranges(rows), scheme, torch.float32)
+    return from_codes(to_codes(rows, scale, zero, scheme), scale, zero).reshape(hidden.shape).to(hidden.dtype)
+
+
 class _ClippedGrid(torch.autograd.Function):
     """Fake quantization with learned clipping in closed form: few passes over the weight, nothing big kept.
 

@@ -41,6 +41,7 @@ class Record:
     baselines: tuple[Perplexity, ...]
     blocks: tuple[Mapping[str, Any], ...]
     cost: Cost
+    exports: tuple[Mapping[str, Any], ...] = ()
     machine: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -73,7 +74,9 @@ class Record:
         data = json.loads((Path(folder) / FILE).read_text(encoding="utf-8"))
         for name in ("perplexities", "baselines"):
             data[name] = tuple(Perplexity(**item) for item in data[name])
-        return cls(**{**data, "blocks": tuple(data["blocks"]), "cost": Cost(**data["cost"])})
+        return cls(
+            **{**data, "blocks": tuple(data["blocks"]), "exports": tuple(data["exports"]), "cost": Cost(**data["cost"])}
+        )
 
 
 def _ratio(pair: tuple[Perplexity, Perplexity]) -> float:

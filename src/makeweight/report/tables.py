@@ -19,6 +19,8 @@ def show(record: Record, console: Console | None = None) -> None:
     console = console or _console()
     compare([record], console)
     console.print(f"Written to {record.path}", markup=False)
+    for item in record.exports:
+        console.print(f"{item['format']} written to {item['path']}", markup=False)
 
 
 def compare(records: Sequence[Record], console: Console | None = None) -> None:

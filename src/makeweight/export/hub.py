@@ -1,0 +1,27 @@
+"""Uploads a written folder to the Hugging Face hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from makeweight.errors import UserError
+from makeweight.models.shards import first_line
+
+
+def push(folder: Path, repository: str) -> str:
+    """Upload a folder to `repository` (user/name), made if need be, and return its address.
+
+    Raises UserError where the hub refuses.
+    """
+    from huggingface_hub import HfApi
+
+    hub = HfApi()
+    try:
+        address = str(hub.create_repo(repository, exist_ok=True))
+        hub.upload_folder(repo_id=repository, folder_path=folder, commit_message="Add the quantized model")
+    # The hub's own errors and those of whatever network library it uses share no base class.
+    except Exception as error:
+        raise UserError(
+            f"{repository} did not take {folder} ({first_line(error)}): log in with `hf auth login`, or check the name."
+        ) from error
+    return address

@@ -1,0 +1,75 @@
+"""From the words of a command line to a recipe: each option that was given replaces one field."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from makeweight.errors import UserError
+from makeweight.numerics.scheme import Scheme
+from makeweight.recipe import Option, Recipe, parse_option, parse_rate
+
+T = TypeVar("T")
+
+
+def start(model: str | None, out: str | None, scheme: Scheme) -> Recipe:
+    """Begin a recipe from the command line alone; without --out the folder is named after model and scheme."""
+    if model is None:
+        raise UserError("--model is missing: name a Hugging Face folder, a hub name or a GGUF file.")
+    name = Path(model.rstrip("/")).name.removesuffix(".gguf") or "model"
+    return Recipe(model=model, out=out or f"{name}-{scheme}".lower())
+
+
+def changed(base: T, **changes: Any) -> T:
+    """Replace what was given on the command line and keep the rest."""
+    return replace(base, **{name: value for name, value in changes.items() if value is not None})  # pyright: ignore[reportReturnType, reportArgumentType]
+
+
+def grid(
+    base: Scheme, text: str | None, bits: int | None, group_size: int | None, sym: bool | None, dtype: str | None
+) -> Scheme:
+    """Read a scheme from its shorthand, from its parts, or from both where they agree."""
+    changes: dict[str, Any] = {"bits": bits, "group_size": group_size, "symmetric": sym, "scale_dtype": dtype}
+    if text is None:
+        return changed(base, **changes)
+    named = changed(Scheme.parse(text, scale_dtype=base.scale_dtype), scale_dtype=dtype)
+    flags = {
+        "bits": f"--bits {bits}",
+        "group_size": f"--group-size {group_size}",
+        "symmetric": "--sym" if sym else "--asym",
+    }
+    for name, flag in flags.items():
+        if changes[name] is not None and changes[name] != getattr(named, name):
+            raise UserError(f"--scheme {text} means {_long(named)}, and {flag} says otherwise: give one of the two.")
+    return named
+
+
+def _long(scheme: Scheme) -> str:
+    group = "one scale per channel" if scheme.group_size == -1 else f"groups of {scheme.group_size}"
+    return f"{scheme.bits} bits, {group}, {'symmetric' if scheme.symmetric else 'asymmetric'}"
+
+
+def names(given: list[str] | None) -> tuple[str, ...] | None:
+    """Read names, given one by one."""
+    return tuple(given) if given else None
+
+
+def words(given: list[str] | None) -> tuple[str, ...] | None:
+    """Read names, given one by one or joined by commas."""
+    return tuple(word.strip() for item in given for word in item.split(",") if word.strip()) if given else None
+
+
+def rates(base: Recipe, given: list[str] | None) -> dict[str, float] | None:
+    """Add learning rates, each written as name=value, to a recipe's own."""
+    return {**base.tune.rates, **dict(map(parse_rate, given))} if given else None
+
+
+def options(base: Recipe, given: list[str] | None) -> dict[str, dict[str, Option]] | None:
+    """Add settings, each written as method.option=value, to a recipe's own."""
+    if not given:
+        return None
+    found = {method: dict(values) for method, values in base.options.items()}
+    for method, name, value in map(parse_option, given):
+        found.setdefault(method, {})[name] = value
+    return found

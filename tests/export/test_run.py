@@ -1,0 +1,176 @@
+"""One solve, every format: what is written reads back as what was solved, and is not written twice."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from makeweight.errors import UserError
+from makeweight.export import manifest, run
+from makeweight.export.base import Format
+from makeweight.export.dense import Dense
+from makeweight.export.formats import FORMATS
+from makeweight.export.hf import ShardWriter
+from makeweight.export.run import can_export, export
+from makeweight.export.solved import Solved
+from makeweight.models.shards import Shards
+from makeweight.numerics.scheme import Scheme
+from makeweight.pipeline import quantize
+from tests.runs import a_text, files, our_logits, same_bits, small, tensors, weights_of
+from tests.tiny import tiny_folder
+
+SCHEMES = ("W2A16g32", "W3A16", "W4A16g32", "W4A16g32_sym", "W8A16_sym", "W8A8")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("exports")
+    a_text(folder / "words.txt")
+    tiny_folder("llama-tied", folder / "source")
+    return folder
+
+
+@pytest.fixture(scope="module", params=SCHEMES)
+def solved(request: pytest.FixtureRequest, root: Path) -> Path:
+    out = root / request.param
+    quantize(
+        small(root / "source", out, root / "words.txt", method="rtn", scheme=Scheme.parse(request.param), blocks=(0, 2))
+    )
+    return out
+
+
+def test_every_format_that_says_yes_writes_and_reads_back(solved: Path, tmp_path: Path) -> None:
+    answers = can_export(Solved(solved))
+    assert [answer.format for answer in answers] == list(FORMATS)
+    yes = [answer.format for answer in answers if not answer.refusal]
+    assert {"dense", "compressed-tensors"} <= set(yes)
+    for item in export(solved, yes, out=tmp_path):
+        assert item.path == tmp_path / item.format and item.linears == 14
+        assert item.deviation == 0 or not next(a for a in answers if a.format == item.format).exact
+        assert manifest.check(item.path) == []
+        assert not list(tmp_path.glob("*.part"))
+    for answer in answers:
+        if answer.refusal:
+            with pytest.raises(UserError, match="cannot hold"):
+                export(solved, [answer.format], out=tmp_path)
+            assert not (tmp_path / answer.format).exists()
+
+
+def test_nothing_is_lost(solved: Path, tmp_path: Path) -> None:
+    dense, packed = (item.path for item in export(solved, ["dense", "compressed-tensors"], out=tmp_path))
+    ours = tensors(solved)
+    assert all(same_bits(tensor, ours[name]) for name, tensor in tensors(packed).items())
+    assert tensors(packed).keys() == ours.keys()
+    names = set(Solved(solved).names)
+    source = tensors(solved.parent / "source")
+    assert tensors(dense).keys() == source.keys()
+    for name, tensor in tensors(dense).items():
+        if name.removesuffix(".weight") not in names:
+            assert same_bits(tensor, source[name])
+    for folder in (dense, packed):
+        for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"):
+            assert (folder / name).read_bytes() == (solved.parent / "source" / name).read_bytes()
+    assert json.loads((dense / "config.json").read_text()) == json.loads(
+        (solved.parent / "source" / "config.json").read_text()
+    )
+    tokens_NT = torch.arange(24).reshape(2, 12) * 7 % 256
+    assert torch.equal(our_logits(dense, tokens_NT), our_logits(solved, tokens_NT))
+    weights = weights_of(solved)
+    assert all(same_bits(weight, weights[name]) for name, weight in weights_of(packed).items())
+
+
+def test_written_once(root: Path, tmp_path: Path) -> None:
+    out = root / "once"
+    quantize(small(root / "source", out, root / "words.txt", method="rtn"))
+    (first,) = export(out, ["dense"], out=tmp_path)
+    before = {file: file.stat().st_mtime_ns for file in first.path.iterdir()}
+    assert export(out, ["dense"], out=tmp_path) == [first]
+    assert {file: file.stat().st_mtime_ns for file in first.path.iterdir()} == before
+    assert run.target_of(out, "dense", None) == root / "once-dense"
+
+
+def test_an_interrupted_export_starts_again(root: Path, tmp_path: Path) -> None:
+    out = root / "interrupted"
+    quantize(small(root / "source", out, root / "words.txt", method="rtn"))
+    (tmp_path / "dense.part").mkdir()
+    (tmp_path / "dense.part" / "model.safetensors").write_bytes(b"half")
+    (again,) = export(out, ["dense"], out=tmp_path)
+    (straight,) = export(out, ["dense"], out=tmp_path / "other")
+    assert files(again.path) == files(straight.path)
+
+
+def test_formats_of_a_recipe(root: Path, tmp_path: Path) -> None:
+    recipe = small(root / "source", tmp_path / "out", root / "words.txt", method="rtn", formats=("dense",))
+    record = quantize(recipe)
+    assert [item["format"] for item in record.exports] == ["dense"]
+    assert manifest.check(tmp_path / "out") == manifest.check(tmp_path / "out-dense") == []
+    assert quantize(recipe) == record
+
+
+def test_refusals(root: Path, tmp_path: Path) -> None:
+    out = root / "refusals"
+    quantize(small(root / "source", out, root / "words.txt", method="rtn"))
+    with pytest.raises(UserError, match=r"format 'dens' is unknown \(did you mean 'dense'\?\)|did you mean"):
+        export(out, ["dens"])
+    (tmp_path / "dense").mkdir()
+    with pytest.raises(UserError, match="already holds something else"):
+        export(out, ["compressed-tensors", "dense"], out=tmp_path)
+    assert not (tmp_path / "compressed-tensors").exists()
+    with pytest.raises(UserError, match="is not a folder that `makeweight quantize` wrote"):
+        export(root / "source", ["dense"])
+    with pytest.raises(UserError, match="format 'gguff' is unknown"):
+        quantize(small(root / "source", tmp_path / "new", root / "words.txt", formats=("gguff",)))
+    assert not (tmp_path / "new").exists()
+
+
+class Wrong(Dense):
+    """Reads one weight back with one bit off."""
+
+    def read(self, solved: Solved, folder: Path) -> Iterator[tuple[str, Tensor]]:
+        for index, (name, weight_OI) in enumerate(super().read(solved, folder)):
+            if index == 3:
+                weight_OI = weight_OI.clone()
+                weight_OI[1, 1] *= 1 + 2**-7
+            yield name, weight_OI
+
+
+class Forgetful(Dense):
+    """Forgets the final norm."""
+
+    def write(self, solved: Solved, folder: Path) -> None:
+        super().write(solved, folder)
+        held = load_file(folder / "model.safetensors")
+        del held["model.norm.weight"]
+        save_file(held, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("form", [Wrong(), Forgetful()], ids=lambda form: type(form).__name__)
+def test_a_wrong_file_never_gets_its_name(
+    form: Format, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = root / "wrong"
+    quantize(small(root / "source", out, root / "words.txt", method="rtn"))
+    monkeypatch.setitem(FORMATS, "dense", form)
+    with pytest.raises(RuntimeError, match=r"reads back differently|is missing"):
+        export(out, ["dense"], out=tmp_path)
+    assert not (tmp_path / "dense").exists()
+
+
+def test_shards_fill_up_block_by_block(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path, limit=4000)
+    blocks = [{f"{i}.{k}": torch.full((100,), float(10 * i + k)) for k in range(3)} for i in range(7)]
+    for block in blocks:
+        writer.add(block)
+    writer.close()
+    assert sorted(file.name for file in tmp_path.glob("*.safetensors")) == [
+        f"model-{i:05d}-of-00002.safetensors" for i in (1, 2)
+    ] and not list(tmp_path.glob("*.part"))
+    shards = Shards(tmp_path)
+    for name, tensor in (pair for block in blocks for pair in block.items()):
+        assert torch.equal(shards.read(name), tensor)
