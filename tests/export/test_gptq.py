@@ -190,6 +190,16 @@ def test_what_was_left_alone_has_a_rule(tmp_path: Path) -> None:
     assert not skipped("model.layers.11.self_attn.q_proj") and not skipped("lm_head")
 
 
+def test_auto_round_describes_the_same_tensors(tmp_path: Path) -> None:
+    solved = a_solved_folder(tmp_path, "W3A16g32")
+    ours, other = export(solved.path, ["gptq", "auto-round"], out=tmp_path / "formats")
+    assert tensors(ours.path).keys() == tensors(other.path).keys()
+    assert all(torch.equal(tensor, tensors(other.path)[name]) for name, tensor in tensors(ours.path).items())
+    config = json.loads((other.path / "config.json").read_text())["quantization_config"]
+    assert (config["quant_method"], config["packing_format"], config["bits"]) == ("auto-round", "auto_round", 3)
+    assert not (other.path / "quantize_config.json").exists()
+
+
 def test_version_1_of_an_asymmetric_model(tmp_path: Path) -> None:
     """With 256 codes for a whole row no zero-point is 0; with 4 codes for 16 weights some are."""
     assert export(a_solved_folder(tmp_path / "8", "W8A16").path, ["gptq-v1"])[0].deviation == 0.0

@@ -1,4 +1,4 @@
-"""The GPTQ format: codes down the columns of int32 words, in its version 2 and, where that is safe, its version 1.
+"""The GPTQ format: codes down the columns of int32 words, in version 2, as auto-round names it, and in version 1.
 
 32 codes take exactly as many words as a code has bits, low bits first; 3-bit codes straddle words. Version 2 stores
 zero-points as they are. Version 1 stores them less one and its kernels add one again, so that a zero-point of 0 wraps
@@ -163,3 +163,24 @@ class GptqV1(Gptq):
         config = {**super().quantization_config(solved), "checkpoint_format": "gptq"}
         del config["meta"]  # transformers 5 takes its presence for version 2, and will not give the model to auto-round
         return config
+
+
+class AutoRound(Gptq):
+    """The tensors of version 2 under auto-round's name for them, by which transformers finds its kernels."""
+
+    name = "auto-round"
+    summary = "the tensors of GPTQ version 2 as auto-round describes them: 2, 3, 4 and 8 bits, any zero-point"
+    loads = ("transformers 5 with auto-round 0.16, CPU too",)
+
+    def quantization_config(self, solved: Solved) -> dict[str, Any]:  # noqa: D102
+        return {
+            "quant_method": "auto-round",
+            "packing_format": "auto_round",
+            "bits": solved.scheme.bits,
+            "group_size": solved.scheme.group_size,
+            "sym": solved.scheme.symmetric,
+            "extra_config": {name: {"bits": 16} for name in solved.ignore if name != "lm_head"},
+        }
+
+    def side_texts(self, solved: Solved) -> dict[str, str]:  # noqa: D102
+        return {}
