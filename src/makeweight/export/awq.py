@@ -63,14 +63,10 @@ class Awq(HfFormat):
 
     name = "awq"
     summary = "AWQ's GEMM layout: 4 bits, symmetric or not"
-    loads = (
-        "vLLM, on an x86 CPU too",
-        "SGLang",
-        "OpenVINO",
-        "transformers 5 with auto-round 0.16 and auto-round-lib on a CPU",
-        "transformers with GPTQModel",
-    )
     parts = ("qweight", "qzeros", "scales")
+
+    def loads(self, facts: Facts) -> tuple[str, ...]:  # noqa: D102
+        return ("vLLM 0.32, x86 CPU too", "SGLang", "OpenVINO", "transformers 5 with auto-round 0.16 and its -lib")
 
     def refusal(self, facts: Facts) -> str | None:  # noqa: D102
         if facts.scheme.bits != BITS:

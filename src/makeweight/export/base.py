@@ -54,12 +54,14 @@ class Format(ABC):
 
     name: ClassVar[str]
     summary: ClassVar[str]
-    loads: ClassVar[tuple[str, ...]]
-    """What loads it and from which version, as in "vLLM 0.11"."""
 
     @abstractmethod
     def refusal(self, facts: Facts) -> str | None:
         """Return why this format cannot hold such a model, as a clause, or None where it can."""
+
+    @abstractmethod
+    def loads(self, facts: Facts) -> tuple[str, ...]:
+        """Return what loads such a model and from which version, and what is known not to."""
 
     def tolerance(self, facts: Facts) -> float:
         """Return how far a weight read back may lie from the solved one, in steps of its scale."""

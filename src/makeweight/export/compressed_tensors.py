@@ -85,8 +85,15 @@ class CompressedTensors(HfFormat):
 
     name = "compressed-tensors"
     summary = "packed words of 2-8 bits, or int8 weights and activations"
-    loads = ("transformers 5 with compressed-tensors 0.18", "vLLM: 4 and 8 bits, W8A8")
     parts = tuple(part for part in packed.PARTS if part != "weight_g_idx")
+
+    def loads(self, facts: Facts) -> tuple[str, ...]:  # noqa: D102
+        scheme = facts.scheme
+        if scheme.bits == 4 or scheme.activations == 8:
+            vllm = "vLLM 0.32, CPU too"
+        else:
+            vllm = f"vLLM where its GPU kernels take {scheme.bits} bits; 0.32 has none for a CPU"
+        return ("transformers 5 with compressed-tensors 0.18", vllm)
 
     def refusal(self, facts: Facts) -> str | None:  # noqa: D102
         return None

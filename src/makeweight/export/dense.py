@@ -20,8 +20,10 @@ class Dense(HfFormat):
 
     name = "dense"
     summary = "dequantized to the model's dtype; any runtime, no memory saved"
-    loads = ("everything that loads the original",)
     parts = ("weight",)
+
+    def loads(self, facts: Facts) -> tuple[str, ...]:  # noqa: D102
+        return ("everything that loads the original",)
 
     def refusal(self, facts: Facts) -> str | None:  # noqa: D102
         return None

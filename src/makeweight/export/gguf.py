@@ -35,7 +35,11 @@ class Gguf(Format):
     summary = (
         "llama.cpp's smallest block that holds the codes, Q2_0 to Q8_0: 2-3 bits mostly take the place of 4, 6-7 of 8"
     )
-    loads = ("llama.cpp on any CPU, tried in node-llama-cpp 3.22", "Q2_0: llama.cpp since July 2026")
+
+    def loads(self, facts: Facts) -> tuple[str, ...]:  # noqa: D102
+        block = gguf_blocks.block_for(facts)
+        newest = isinstance(block, Block) and block.name == "Q2_0"
+        return ("llama.cpp since July 2026" if newest else "llama.cpp", "node-llama-cpp 3.22")
 
     def refusal(self, facts: Facts) -> str | None:  # noqa: D102
         if importlib.util.find_spec("gguf") is None:

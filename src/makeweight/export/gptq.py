@@ -99,14 +99,15 @@ class Gptq(HfFormat):
 
     name = "gptq"
     summary = "GPTQ version 2: packed words of 2, 3, 4 and 8 bits, any zero-point"
-    loads = (
-        "vLLM since pull request 26092",
-        "GPTQModel, its torch kernels on a CPU too",
-        "auto-round 0.16 on a CPU, told packing_format auto_round",
-    )
     parts = PARTS
     less: ClassVar[int] = 0
     """What is taken from a zero-point before it is stored."""
+
+    def loads(self, facts: Facts) -> tuple[str, ...]:  # noqa: D102
+        scheme = facts.scheme
+        if scheme.symmetric and scheme.bits in (4, 8):
+            return ("vLLM 0.32, CPU too", "GPTQModel")
+        return ("GPTQModel", "vLLM since pull request 26092; 0.32 refuses it on a CPU")
 
     def refusal(self, facts: Facts) -> str | None:  # noqa: D102
         if facts.scheme.bits not in BITS:
@@ -144,13 +145,13 @@ class GptqV1(Gptq):
 
     name = "gptq-v1"
     summary = "GPTQ version 1, which older runtimes read: symmetric, or no zero-point of 0"
-    loads = (
-        "vLLM: 2, 3, 4 and 8 bits, by Marlin at 4 and 8 symmetric",
-        "SGLang",
-        "GPTQModel, its torch kernels on a CPU too: symmetric",
-        "transformers 5 with auto-round 0.16 on a CPU: symmetric",
-    )
     less = 1
+
+    def loads(self, facts: Facts) -> tuple[str, ...]:  # noqa: D102
+        if not facts.scheme.symmetric:
+            return ("runtimes that add 1 to zero-points; GPTQModel and auto-round refuse it where it is asymmetric",)
+        vllm = ("vLLM 0.32, CPU too",) if facts.scheme.bits in (4, 8) else ("vLLM on a GPU",)
+        return (*vllm, "SGLang", "GPTQModel", "transformers 5 with auto-round 0.16, CPU too")
 
     def refusal(self, facts: Facts) -> str | None:  # noqa: D102
         safe = facts.scheme.symmetric or (facts.zeros is not None and facts.zeros[0] > facts.scheme.qmin)
@@ -170,7 +171,9 @@ class AutoRound(Gptq):
 
     name = "auto-round"
     summary = "the tensors of GPTQ version 2 as auto-round describes them: 2, 3, 4 and 8 bits, any zero-point"
-    loads = ("transformers 5 with auto-round 0.16, CPU too",)
+
+    def loads(self, facts: Facts) -> tuple[str, ...]:  # noqa: D102
+        return ("transformers 5 with auto-round 0.16, CPU too",)
 
     def quantization_config(self, solved: Solved) -> dict[str, Any]:  # noqa: D102
         return {

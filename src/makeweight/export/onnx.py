@@ -163,7 +163,9 @@ class Onnx(Format):
 
     name = "onnx"
     summary = "ONNX graph with MatMulNBits of 2, 4 and 8 bits, for decoders of the LLaMA family"
-    loads = ("ONNX Runtime 1.32",)
+
+    def loads(self, facts: Facts) -> tuple[str, ...]:  # noqa: D102
+        return ("ONNX Runtime 1.32", "onnxruntime-genai 0.18")
 
     def refusal(self, facts: Facts) -> str | None:  # noqa: D102
         if facts.architecture not in graph.ARCHITECTURES:

@@ -50,7 +50,7 @@ def can_export(solved: Solved) -> list[Answer]:
             format=name,
             refusal=form.refusal(solved.facts) or "",
             exact=form.tolerance(solved.facts) == 0,
-            loads=tuple(form.loads),
+            loads=form.loads(solved.facts),
         )
         for name, form in FORMATS.items()
     ]
