@@ -104,10 +104,9 @@ class Gptq(HfFormat):
     """What is taken from a zero-point before it is stored."""
 
     def loads(self, facts: Facts) -> tuple[str, ...]:  # noqa: D102
-        scheme = facts.scheme
-        if scheme.symmetric and scheme.bits in (4, 8):
+        if facts.scheme.symmetric and facts.scheme.bits == 4:
             return ("vLLM 0.32, CPU too", "GPTQModel")
-        return ("GPTQModel", "vLLM since pull request 26092; 0.32 refuses it on a CPU")
+        return ("GPTQModel", "vLLM on a GPU since pull request 26092; not 0.32 on a CPU")
 
     def refusal(self, facts: Facts) -> str | None:  # noqa: D102
         if facts.scheme.bits not in BITS:
@@ -150,7 +149,7 @@ class GptqV1(Gptq):
     def loads(self, facts: Facts) -> tuple[str, ...]:  # noqa: D102
         if not facts.scheme.symmetric:
             return ("runtimes that add 1 to zero-points; GPTQModel and auto-round refuse it where it is asymmetric",)
-        vllm = ("vLLM 0.32, CPU too",) if facts.scheme.bits in (4, 8) else ("vLLM on a GPU",)
+        vllm = ("vLLM 0.32, CPU too" if facts.scheme.bits == 4 else "vLLM on a GPU",)
         return (*vllm, "SGLang", "GPTQModel", "transformers 5 with auto-round 0.16, CPU too")
 
     def refusal(self, facts: Facts) -> str | None:  # noqa: D102
