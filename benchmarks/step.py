@@ -28,7 +28,8 @@ from makeweight.numerics.scheme import Scheme
 from makeweight.plan import compose
 from makeweight.sweep.block import Block
 from makeweight.sweep.chain import Chain
-from makeweight.sweep.fit import Judge, make_optimizer
+from makeweight.sweep.descent import Descent
+from makeweight.sweep.fit import Judge
 
 METHODS = ("lwc", "lwc+sde", "lwc+sde+cl")
 SEQLEN = 512
@@ -94,14 +95,14 @@ def measure_block(title: str, batch: int, device: torch.device, budget: float) -
         plan = plans[method]
         chain = Chain.build(blocks[0].state(), plan.maps, plan.grid, context).to(device)
         judge = Judge(blocks=tuple(blocks[: ahead[method] + 1]), weights=plan.loss.weights(), device=device)
-        optimizer = make_optimizer(chain)
+        descent = Descent(chain, steps=1)
         targets = [hidden_BTD] * len(judge.blocks)
 
         def step() -> None:
             loss = judge.loss(judge.errors(chain(), hidden_BTD, targets))
-            optimizer.zero_grad(set_to_none=True)
+            descent.zero_grad()
             loss.backward()
-            optimizer.step()
+            descent.step(1)
 
         return step
 

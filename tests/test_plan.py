@@ -82,7 +82,7 @@ def test_every_pair_composes_or_is_refused(name: str) -> None:
     [
         ("lwx", "method 'lwx' is unknown (did you mean 'lwc'?)"),
         ("lwc+sdee+cl", "method 'sdee' is unknown (did you mean 'sde'?)"),
-        ("zzzzz", "method 'zzzzz' is unknown: choose among rtn, lwc, lsi, sde, cl"),
+        ("zzzzz", "method 'zzzzz' is unknown: choose among rtn, lwc, autoround, tune, lsi, sde, cl"),
         ("lwc+", "method '' is unknown"),
         ("", "method '' is unknown"),
         ("lwc,sde", "is unknown"),
@@ -190,4 +190,4 @@ def test_fits_speaks_of_every_method(ckpt: Checkpoint, tmp_path: Path) -> None:
         verdicts = fits(describe(described))
         assert verdicts.keys() == PRESETS.keys()
         assert all(reason is None or reason.strip() for reason in verdicts.values())
-        assert [name for name, reason in verdicts.items() if reason is None] == ["rtn", "lwc", "lsi", "sde", "cl"]
+        assert [name for name, reason in verdicts.items() if reason is None] == list(PRESETS)

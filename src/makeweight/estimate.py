@@ -92,7 +92,7 @@ def _learning(plan: Plan, recipe: Recipe, ckpt: Checkpoint, shapes: Sequence[tup
     ahead = len(plan.loss.weights()) - 1
     streams = (3 + ahead) * calib.nsamples * calib.seqlen * config.hidden_size * 2
     factors = sum((rows + columns) * min(rows, columns) for rows, columns in shapes) * 2
-    chain = weights * (4 * 6) + (0 if plan.band is None else factors)
+    chain = weights * (4 * 6 + plan.weight_bytes) + (0 if plan.band is None else factors)
     activations = 34 * tune.batch_size * calib.seqlen * config.hidden_size * 2 * (1 + ahead)
     return streams + (1 + ahead) * weights * 2 + chain + activations
 

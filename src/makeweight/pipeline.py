@@ -127,6 +127,7 @@ class Job:
             seed=recipe.seed,
             context=Context(
                 scheme=recipe.scheme,
+                steps=recipe.tune.steps,
                 dtype=getattr(torch, recipe.tune.dtype),
                 scale_dtype=automatic if named == "auto" else getattr(torch, named),
             ),

@@ -33,6 +33,11 @@ class Plan:
         return bool(self.maps) or not isinstance(self.grid, Rtn)
 
     @property
+    def weight_bytes(self) -> int:
+        """Bytes per weight of what the steps learn, where that is not small."""
+        return sum(step.weight_bytes for step in (*self.maps, self.grid))
+
+    @property
     def band(self) -> int | None:
         """The band that SDE learns, None without it; what its operations and its memory depend on."""
         return next((step.band for step in self.maps if isinstance(step, Sde)), None)
@@ -62,7 +67,8 @@ def compose(
                 f"a setting is given for {name!r}, which is not part of {method!r}: add it or leave it out."
             )
     steps = {name: _configured(name, known[name].step, changes.get(name, {})) for name in names}
-    names.sort(key=lambda name: known[name].stage)
+    places = list(known)
+    names.sort(key=lambda name: (known[name].stage, places.index(name)))
     return _plan(method, {name: steps[name] for name in names})
 
 

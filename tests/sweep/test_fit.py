@@ -14,7 +14,8 @@ from makeweight.methods.base import MapStep
 from makeweight.methods.grid.clip import Lwc, Rtn
 from makeweight.methods.weight.sde import Sde
 from makeweight.sweep.chain import Chain
-from makeweight.sweep.fit import FINAL_RATE, Judge
+from makeweight.sweep.descent import FINAL_RATE
+from makeweight.sweep.fit import Judge
 from tests.sweep.problem import Problem, problem
 
 CL = (1.0, 0.5)

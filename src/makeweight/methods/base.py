@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,11 +28,12 @@ class Stage(IntEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
-    """What a step may know when it builds its map: the scheme, and the dtypes of scales and of the forward."""
+    """What a step may know when it builds its map: the scheme, dtypes of scales and of the forward, steps to come."""
 
     scheme: Scheme
     scale_dtype: torch.dtype
     dtype: torch.dtype
+    steps: int = 200
 
 
 @dataclass(frozen=True)
@@ -40,12 +41,15 @@ class Learnables:
     """Parameters that share a learning rate, under the name that reports and overrides use.
 
     The optimiser's rate is `rate`, which the user sees and sets, times `unit`, which the map derives from shapes.
+    `descent` is AdamW with a rate that falls along a cosine, or the sign of the gradient with one that falls to zero
+    in a straight line.
     """
 
     name: str
     params: tuple[nn.Parameter, ...]
     rate: float
     unit: float = 1.0
+    descent: Literal["adam", "sign"] = "adam"
 
 
 class Map(nn.Module, ABC):
@@ -80,6 +84,8 @@ class Step(ABC):
     """A method's keyword-only configuration."""
 
     stage: ClassVar[Stage]
+    weight_bytes: ClassVar[int] = 0
+    """Memory of its learnables with gradients, moments and best state, in bytes per weight where it is not small."""
 
     def conflicts(self, others: tuple[Step, ...]) -> str | None:
         """Return why this step cannot stand beside the others, as a clause, or None where it can."""

@@ -8,14 +8,20 @@ from importlib.metadata import entry_points
 from makeweight.errors import UserError
 from makeweight.methods.base import Method
 from makeweight.methods.grid.clip import Lwc, Rtn
+from makeweight.methods.grid.rounding import Rounding
 from makeweight.methods.loss.cross_layer import CrossLayer
 from makeweight.methods.weight.sde import Sde
+from makeweight.methods.weight.tune import Tune
 
 PRESETS: dict[str, Method] = {
     "rtn": Method(step=Rtn(), summary="round to nearest, nothing learned", source="baseline"),
     "lwc": Method(
         step=Lwc(), summary="learnable clipping of every group's range", source="arXiv 2308.13137 (OmniQuant)"
     ),
+    "autoround": Method(
+        step=Rounding(), summary="learnable rounding of every weight", source="arXiv 2309.05516 (SignRound)"
+    ),
+    "tune": Method(step=Tune(), summary="learnable weights (Block-AP)", source="arXiv 2407.11062 (EfficientQAT)"),
     "lsi": Method(
         step=Sde(band=0), summary="learnable singular values (sde with band 0)", source="arXiv 2406.16299 (LSI)"
     ),

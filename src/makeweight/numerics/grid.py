@@ -43,10 +43,17 @@ def qparams(low_OG: Tensor, high_OG: Tensor, scheme: Scheme, scale_dtype: torch.
     return scale_OG.to(raw_OG.dtype), zero_OG
 
 
-def to_codes(weight_OGS: Tensor, scale_OG: Tensor, zero_OG: Tensor, scheme: Scheme) -> Tensor:
-    """Round weights to signed codes, kept in the weights' float dtype, shape (O, G, S)."""
-    codes_OGS = weight_OGS / scale_OG.unsqueeze(-1)
-    return codes_OGS.add_(zero_OG.unsqueeze(-1)).round_().clamp_(scheme.qmin, scheme.qmax)
+def to_codes(
+    weight_OGS: Tensor, scale_OG: Tensor, zero_OG: Tensor, scheme: Scheme, offset_OGS: Tensor | None = None
+) -> Tensor:
+    """Round weights, moved by an offset in steps where there is one, to signed codes in the weights' float dtype."""
+    codes_OGS = _unrounded(weight_OGS / scale_OG.unsqueeze(-1), zero_OG, offset_OGS)
+    return codes_OGS.round_().clamp_(scheme.qmin, scheme.qmax)
+
+
+def _unrounded(scaled_OGS: Tensor, zero_OG: Tensor, offset_OGS: Tensor | None) -> Tensor:
+    codes_OGS = torch.add(scaled_OGS, zero_OG.unsqueeze(-1))
+    return codes_OGS if offset_OGS is None else codes_OGS.add_(offset_OGS)
 
 
 def from_codes(codes_OGS: Tensor, scale_OG: Tensor, zero_OG: Tensor) -> Tensor:
@@ -74,6 +81,7 @@ class _ClippedGrid(torch.autograd.Function):
         weight_OI: Tensor,
         low_factor_OG: Tensor,
         high_factor_OG: Tensor,
+        offset_OI: Tensor | None,
         scheme: Scheme,
         group: int,
         scale_dtype: torch.dtype,
@@ -82,41 +90,50 @@ class _ClippedGrid(torch.autograd.Function):
         weight_OGS = grouped(weight_OI, group)
         low_OG, high_OG = ranges(weight_OGS)
         scale_OG, zero_OG = qparams(low_OG * low_factor_OG, high_OG * high_factor_OG, scheme, scale_dtype)
-        codes_OGS = to_codes(weight_OGS, scale_OG, zero_OG, scheme)
+        codes_OGS = to_codes(weight_OGS, scale_OG, zero_OG, scheme, _like(offset_OI, weight_OGS))
         codes_OGS.sub_(zero_OG.unsqueeze(-1)).mul_(scale_OG.unsqueeze(-1))
-        ctx.save_for_backward(weight_OI, low_factor_OG, high_factor_OG, low_OG, high_OG, scale_OG, zero_OG)
+        ctx.save_for_backward(weight_OI, low_factor_OG, high_factor_OG, offset_OI, low_OG, high_OG, scale_OG, zero_OG)
         ctx.scheme, ctx.group = scheme, group
         return codes_OGS.flatten(1).to(dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        weight_OI, low_factor_OG, high_factor_OG, low_OG, high_OG, scale_OG, zero_OG = ctx.saved_tensors
+        weight_OI, low_factor_OG, high_factor_OG, offset_OI, low_OG, high_OG, scale_OG, zero_OG = ctx.saved_tensors
         scheme: Scheme = ctx.scheme
         weight_OGS = grouped(weight_OI, ctx.group)
         grad_OGS = grouped(grads[0].to(weight_OI.dtype, copy=True), ctx.group)
-        slope_OGS, inside_OGS = _scale_slope(weight_OGS, scale_OG, zero_OG, scheme)
+        slope_OGS, inside_OGS = _scale_slope(weight_OGS, scale_OG, zero_OG, scheme, _like(offset_OI, weight_OGS))
         grad_scale_OG = slope_OGS.mul_(grad_OGS).sum(-1)
         low_slope_OG, high_slope_OG = _range_slopes(low_OG * low_factor_OG, high_OG * high_factor_OG, scheme)
         grad_low_OG, grad_high_OG = low_slope_OG * grad_scale_OG, high_slope_OG * grad_scale_OG
-        grad_weight = None
-        if ctx.needs_input_grad[0]:
+        grad_weight = grad_offset = None
+        if ctx.needs_input_grad[0] or ctx.needs_input_grad[3]:
             grad_OGS.mul_(inside_OGS)
+        if ctx.needs_input_grad[3]:
+            grad_offset = (grad_OGS * scale_OG.unsqueeze(-1)).flatten(1)
+        if ctx.needs_input_grad[0]:
             # The ends of a range move with the weights that set them.
             for end_OG, pull_OG in ((low_OG, grad_low_OG * low_factor_OG), (high_OG, grad_high_OG * high_factor_OG)):
                 sets_OGS = _flip(torch.sub(weight_OGS, end_OG.unsqueeze(-1)).sign_().abs_())
                 share_OG = pull_OG / sets_OGS.sum(-1).clamp_(min=1)
                 grad_OGS.addcmul_(sets_OGS, share_OG.unsqueeze(-1))
             grad_weight = grad_OGS.flatten(1)
-        return grad_weight, grad_low_OG * low_OG, grad_high_OG * high_OG, None, None, None, None
+        return grad_weight, grad_low_OG * low_OG, grad_high_OG * high_OG, grad_offset, None, None, None, None
 
 
-def _scale_slope(weight_OGS: Tensor, scale_OG: Tensor, zero_OG: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+def _like(offset_OI: Tensor | None, weight_OGS: Tensor) -> Tensor | None:
+    return None if offset_OI is None else offset_OI.view_as(weight_OGS)
+
+
+def _scale_slope(
+    weight_OGS: Tensor, scale_OG: Tensor, zero_OG: Tensor, scheme: Scheme, offset_OGS: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Return d w_hat / d scale (the rounding residual inside the range, its end outside) and 1 inside, 0 outside.
 
     Masks are floats: passes over booleans are several times slower on a CPU.
     """
     scaled_OGS = weight_OGS / scale_OG.unsqueeze(-1)
-    rounded_OGS = torch.add(scaled_OGS, zero_OG.unsqueeze(-1)).round_()
+    rounded_OGS = _unrounded(scaled_OGS, zero_OG, offset_OGS).round_()
     codes_OGS = rounded_OGS.clamp(scheme.qmin, scheme.qmax)
     inside_OGS = _flip(rounded_OGS.sub_(codes_OGS).abs_().clamp_(max=1))  # a difference of integers
     return codes_OGS.sub_(zero_OG.unsqueeze(-1)).addcmul_(scaled_OGS, inside_OGS, value=-1), inside_OGS
@@ -142,14 +159,18 @@ def clipped_grid(
     high_factor_OG: Tensor,
     scheme: Scheme,
     *,
+    offset_OI: Tensor | None = None,
     scale_dtype: torch.dtype,
     dtype: torch.dtype,
 ) -> Tensor:
     """Fake-quantize a matrix whose group ranges are shrunk by learned factors, shape (O, I) in `dtype`.
 
+    `offset_OI` is added before rounding, in steps: within half a step it chooses between the two nearest codes.
     Rounding is straight-through, clipped weights get no gradient, the zero-point none; ranges follow the weight
     (OmniQuant, arXiv 2308.13137, section 3.2). The ends of the range that the zero-point is rounded from are
     treated as fixed, as OmniQuant does.
     """
     group = weight_OI.shape[1] // low_factor_OG.shape[1]
-    return _ClippedGrid.apply(weight_OI, low_factor_OG, high_factor_OG, scheme, group, scale_dtype, dtype)  # pyright: ignore[reportReturnType]
+    return _ClippedGrid.apply(  # pyright: ignore[reportReturnType]
+        weight_OI, low_factor_OG, high_factor_OG, offset_OI, scheme, group, scale_dtype, dtype
+    )

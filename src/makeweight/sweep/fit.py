@@ -16,10 +16,9 @@ from makeweight.errors import UserError
 from makeweight.numerics.errors import token_error
 from makeweight.sweep.block import Block
 from makeweight.sweep.chain import Chain
+from makeweight.sweep.descent import Descent
 
 MAX_HALVINGS = 3
-FINAL_RATE = 0.05
-"""Share of the learning rate that the cosine schedule ends with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,14 +53,6 @@ class FitReport:
     halvings: int
 
 
-def make_optimizer(chain: Chain) -> torch.optim.Optimizer:
-    """Return AdamW over what a chain learns, without weight decay; `base_rate` keeps each group's own rate."""
-    # Losses are relative errors of a few percent spread over many parameters: gradients near AdamW's usual eps.
-    groups = [(list(group.params), group.rate * group.unit) for group in chain.learnables()]
-    named = [{"params": params, "lr": rate, "base_rate": rate} for params, rate in groups]
-    return torch.optim.AdamW(named, weight_decay=0.0, eps=1e-12, fused=True)
-
-
 class Fit:
     """One block's learning: batches, schedule, checks on held-out samples, best state, rollback."""
 
@@ -94,10 +85,10 @@ class Fit:
         if not self.steps or not list(self.chain.learnables()):
             return FitReport(error_before=start, error_after=start, best_step=0, halvings=0)
         kept, best_step, rate, halvings, step = self._snapshot(), 0, 1.0, 0, 0
-        optimizer = make_optimizer(self.chain)
+        descent = Descent(self.chain, self.steps)
         while step < self.steps:
             step += 1
-            finite = self._step(optimizer, rate * self._schedule(step))
+            finite = self._step(descent, step, rate)
             if finite and (step % self.every == 0 or step == self.steps):
                 error = self._check()
                 finite = math.isfinite(error)
@@ -107,25 +98,23 @@ class Fit:
                 halvings, rate = halvings + 1, rate / 2
                 self._give_up(halvings, step, rate)
                 self.chain.load_state_dict(kept)
-                optimizer = make_optimizer(self.chain)
+                descent = Descent(self.chain, self.steps)
             if self.tick is not None:
                 self.tick()
         self.chain.load_state_dict(kept)
         return FitReport(error_before=start, error_after=best, best_step=best_step, halvings=halvings)
 
-    def _step(self, optimizer: torch.optim.Optimizer, rate: float) -> bool:
-        """Take one optimiser step; return False, with nothing moved, where the loss is not finite."""
+    def _step(self, descent: Descent, number: int, rate: float) -> bool:
+        """Take one step; return False, with nothing moved, where the loss is not finite."""
         index = self._batch()
         hidden_BTD = self.hidden[index].to(self.judge.device)
         errors = self.judge.errors(self.chain(), hidden_BTD, [t[index] for t in self.targets])
         loss = self.judge.loss(errors)
         if not math.isfinite(loss.item()):
             return False
-        optimizer.zero_grad(set_to_none=True)
+        descent.zero_grad()
         loss.backward()
-        for group in optimizer.param_groups:
-            group["lr"] = group["base_rate"] * rate
-        optimizer.step()
+        descent.step(number, rate)
         with torch.no_grad():
             self.chain.constrain()
         return True
@@ -147,10 +136,6 @@ class Fit:
             self.queue += self.train[torch.randperm(len(self.train), generator=self.generator)].tolist()
         index, self.queue = self.queue[: self.batch_size], self.queue[self.batch_size :]
         return torch.tensor(index)
-
-    def _schedule(self, step: int) -> float:
-        """Cosine from one to FINAL_RATE."""
-        return FINAL_RATE + (1 - FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * (step - 1) / self.steps))
 
     def _snapshot(self) -> dict[str, Tensor]:
         return {key: value.detach().clone() for key, value in self.chain.state_dict().items()}

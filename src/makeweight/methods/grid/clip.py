@@ -33,10 +33,14 @@ class RangeGrid(Grid):
         ones_OG = weight_OI.new_ones(weight_OI.shape[0], groups)
         return ones_OG, ones_OG
 
+    def offset(self, name: str) -> Tensor | None:
+        """Return what is added to a matrix before rounding, in steps (O, I), None for nothing."""
+        return None
+
     def forward(self, state: State) -> State:  # noqa: D102
-        c = self.context
+        scheme, given = self.context.scheme, {"scale_dtype": self.context.scale_dtype, "dtype": self.context.dtype}
         return {
-            name: clipped_grid(weight, *self.factors(name, weight), c.scheme, scale_dtype=c.scale_dtype, dtype=c.dtype)
+            name: clipped_grid(weight, *self.factors(name, weight), scheme, offset_OI=self.offset(name), **given)
             for name, weight in state.items()
         }
 
@@ -50,7 +54,9 @@ class RangeGrid(Grid):
         weight_OGS = grouped(weight_OI, weight_OI.shape[1] // low_factor_OG.shape[1])
         low_OG, high_OG = ranges(weight_OGS)
         scale_OG, zero_OG = qparams(low_OG * low_factor_OG, high_OG * high_factor_OG, scheme, scale_dtype)
-        codes_OGS = to_codes(weight_OGS, scale_OG, zero_OG, scheme)
+        offset_OI = self.offset(name)
+        offset_OGS = None if offset_OI is None else offset_OI.view_as(weight_OGS)
+        codes_OGS = to_codes(weight_OGS, scale_OG, zero_OG, scheme, offset_OGS)
         return QTensor(
             codes_OI=codes_OGS.flatten(1).to(torch.int8),
             scale_OG=scale_OG.to(scale_dtype),
