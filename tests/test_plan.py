@@ -82,7 +82,7 @@ def test_every_pair_composes_or_is_refused(name: str) -> None:
     [
         ("lwx", "method 'lwx' is unknown (did you mean 'lwc'?)"),
         ("lwc+sdee+cl", "method 'sdee' is unknown (did you mean 'sde'?)"),
-        ("zzzzz", "method 'zzzzz' is unknown: choose among rtn, lwc, autoround, tune, lsi, sde, cl"),
+        ("zzzzz", "method 'zzzzz' is unknown: choose among rtn, lwc, autoround, gptq, tune, lsi, sde, cl"),
         ("lwc+", "method '' is unknown"),
         ("", "method '' is unknown"),
         ("lwc,sde", "is unknown"),

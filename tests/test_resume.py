@@ -136,8 +136,9 @@ def test_killed_before_the_marker(llama: Path, text: Path, straight: Path, tmp_p
     the_same(tmp_path / "out", straight)
 
 
-def test_killed_twice_with_some_blocks_left_out(llama: Path, text: Path, tmp_path: Path) -> None:
-    recipe = unmeasured(llama, tmp_path / "out", text, blocks=(1, 3), method="lwc+cl")
+@pytest.mark.parametrize("method", ["lwc+cl", "autoround+sde", "lwc+tune+gptq", "gptq"])
+def test_killed_twice_with_some_blocks_left_out(method: str, llama: Path, text: Path, tmp_path: Path) -> None:
+    recipe = unmeasured(llama, tmp_path / "out", text, blocks=(1, 3), method=method)
     interrupted(recipe, Sweep, "solve", lambda _, index, *rest: index == 2)
     interrupted(recipe, Folder, "write", lambda _, index, *rest: index == 3)
     assert solved(recipe) == [2]

@@ -60,7 +60,7 @@ def estimate(plan: Plan, recipe: Recipe, ckpt: Checkpoint, blocks: range, device
     largest = max(shapes.values(), key=lambda found: sum(math.prod(shape) for shape in found))
     memory = BASE_BYTES + _resident(ckpt)
     seconds = ckpt.stored_bytes() / 200e6
-    if plan.learns:
+    if plan.calibrates:
         memory += _learning(plan, recipe, ckpt, largest)
         rate = matmul_rate(device) * EFFICIENCY
         seconds += sum(_block_work(plan, recipe, ckpt, shapes[index]) for index in blocks) / rate
@@ -93,13 +93,21 @@ def _learning(plan: Plan, recipe: Recipe, ckpt: Checkpoint, shapes: Sequence[tup
     streams = (3 + ahead) * calib.nsamples * calib.seqlen * config.hidden_size * 2
     factors = sum((rows + columns) * min(rows, columns) for rows, columns in shapes) * 2
     chain = weights * (4 * 6 + plan.weight_bytes) + (0 if plan.band is None else factors)
+    products = 0 if plan.rounding is None else 4 * 4 * max(columns for _, columns in shapes) ** 2
     activations = 34 * tune.batch_size * calib.seqlen * config.hidden_size * 2 * (1 + ahead)
-    return streams + (1 + ahead) * weights * 2 + chain + activations
+    return streams + (1 + ahead) * weights * 2 + chain + products + activations
 
 
 def _block_work(plan: Plan, recipe: Recipe, ckpt: Checkpoint, shapes: Sequence[tuple[int, int]]) -> float:
     """Return operations of one block: its steps, and the two streams' forward passes."""
     hidden, calib, tune = ckpt.config.get_text_config().hidden_size, recipe.calib, recipe.tune
     ahead = len(plan.loss.weights()) - 1
-    steps = tune.steps * step_flops(shapes, hidden, tune.batch_size, calib.seqlen, ahead=ahead, band=plan.band)
-    return steps + 2 / 3 * block_flops(shapes, hidden, calib.nsamples, calib.seqlen)
+    passes = 2 / 3 * block_flops(shapes, hidden, calib.nsamples, calib.seqlen)
+    if plan.rounding is not None:
+        # A pass and the products of inputs per group of linears, of which blocks have about four; then the feedback.
+        tokens = calib.nsamples * calib.seqlen
+        passes *= 3
+        passes += sum(2 * tokens * columns**2 + 2 * rows * columns**2 for rows, columns in shapes)
+    if not plan.learns:
+        return passes
+    return passes + tune.steps * step_flops(shapes, hidden, tune.batch_size, calib.seqlen, ahead=ahead, band=plan.band)

@@ -89,7 +89,7 @@ class Job:
         tokenizer = ckpt.tokenizer()
         evaluation_texts(tokenizer, recipe.eval.datasets, seqlen=recipe.eval.seqlen, windows=recipe.eval.windows)
         tokens_NT = None
-        if plan.learns:
+        if plan.calibrates:
             calib = recipe.calib
             tokens_NT = calibration_tokens(
                 tokenizer, calib.dataset, nsamples=calib.nsamples, seqlen=calib.seqlen, seed=recipe.seed
@@ -122,6 +122,7 @@ class Job:
         return Solver(
             maps=self.plan.maps,
             grid=self.plan.grid,
+            rounding=self.plan.rounding,
             judge_weights=self.plan.loss.weights(),
             tune=recipe.tune,
             seed=recipe.seed,
@@ -141,7 +142,7 @@ class Job:
         sweep = None
         if self.tokens_NT is not None and any(folder.report(i + 1) is None for i in self.blocks):
             sweep = Sweep(self.ckpt, solver, self.tokens_NT, self.device)
-        steps = self.recipe.tune.steps if sweep else 0
+        steps = self.recipe.tune.steps if sweep and self.plan.learns else 0
         with progress.bars(self.ckpt.n_blocks, steps) as bars:
             for index in range(self.ckpt.n_blocks):
                 done = folder.report(index + 1)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from makeweight.errors import UserError, did_you_mean
-from makeweight.methods.base import GridStep, LossStep, MapStep, Step
+from makeweight.methods.base import GridStep, LossStep, MapStep, RoundStep, Step
 from makeweight.methods.grid.clip import Rtn
 from makeweight.methods.loss.cross_layer import Mse
 from makeweight.methods.presets import zoo
@@ -26,11 +26,17 @@ class Plan:
     maps: tuple[MapStep, ...]
     grid: GridStep
     loss: LossStep
+    rounding: RoundStep | None = None
 
     @property
     def learns(self) -> bool:
-        """Whether anything is learned, and so calibration text and streams are needed."""
+        """Whether anything is learned, step by step."""
         return bool(self.maps) or not isinstance(self.grid, Rtn)
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether calibration text and streams are needed."""
+        return self.learns or self.rounding is not None
 
     @property
     def weight_bytes(self) -> int:
@@ -88,7 +94,8 @@ def _configured(name: str, step: Step, changes: Mapping[str, Any]) -> Step:
 def _plan(method: str, steps: Mapping[str, Step]) -> Plan:
     grids = {name: step for name, step in steps.items() if isinstance(step, GridStep)}
     losses = {name: step for name, step in steps.items() if isinstance(step, LossStep)}
-    for kind, found in (("ways to the grid", grids), ("losses", losses)):
+    roundings = {name: step for name, step in steps.items() if isinstance(step, RoundStep)}
+    for kind, found in (("ways to the grid", grids), ("roundings", roundings), ("losses", losses)):
         if len(found) > 1:
             raise UserError(f"method {method!r} names {len(found)} {kind} ({', '.join(found)}): keep one of them.")
     for step in steps.values():
@@ -100,6 +107,7 @@ def _plan(method: str, steps: Mapping[str, Step]) -> Plan:
         maps=tuple(step for step in steps.values() if isinstance(step, MapStep)),
         grid=next(iter(grids.values()), Rtn()),
         loss=next(iter(losses.values()), Mse()),
+        rounding=next(iter(roundings.values()), None),
     )
     if losses and not plan.learns:
         raise UserError(
@@ -124,7 +132,7 @@ def check(plan: Plan, recipe: Recipe, ckpt: Checkpoint) -> range:
             recipe.scheme.group_of(width, f"{ckpt.block_module_path(index)}.{name}")
     limit = getattr(ckpt.config.get_text_config(), "max_position_embeddings", None)
     wanted = {
-        "seqlen": recipe.calib.seqlen if plan.learns else 0,
+        "seqlen": recipe.calib.seqlen if plan.calibrates else 0,
         "eval seqlen": recipe.eval.seqlen if recipe.eval.datasets else 0,
     }
     for name, length in wanted.items():

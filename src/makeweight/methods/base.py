@@ -23,7 +23,8 @@ class Stage(IntEnum):
 
     WEIGHT = 1
     GRID = 2
-    LOSS = 3
+    ROUND = 3
+    LOSS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +111,19 @@ class GridStep(Step):
     @abstractmethod
     def build(self, state: State, context: Context) -> Grid:
         """Build the grid for one block from the weights that reach it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundStep(Step):
+    """A step that rounds once learning is over, linear by linear, with the inputs that each really gets."""
+
+    stage: ClassVar[Stage] = Stage.ROUND
+
+    @abstractmethod
+    def codes(
+        self, name: str, weight_OI: Tensor, hessian_II: Tensor, grid: Grid, context: Context
+    ) -> tuple[QTensor, dict[str, float]]:
+        """Return the codes of a matrix as the grid receives it, given X^T X of its inputs, and what to report."""
 
 
 @dataclass(frozen=True, kw_only=True)

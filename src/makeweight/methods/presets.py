@@ -8,6 +8,7 @@ from importlib.metadata import entry_points
 from makeweight.errors import UserError
 from makeweight.methods.base import Method
 from makeweight.methods.grid.clip import Lwc, Rtn
+from makeweight.methods.grid.gptq import Gptq
 from makeweight.methods.grid.rounding import Rounding
 from makeweight.methods.loss.cross_layer import CrossLayer
 from makeweight.methods.weight.sde import Sde
@@ -20,6 +21,9 @@ PRESETS: dict[str, Method] = {
     ),
     "autoround": Method(
         step=Rounding(), summary="learnable rounding of every weight", source="arXiv 2309.05516 (SignRound)"
+    ),
+    "gptq": Method(
+        step=Gptq(), summary="rounding with error feedback, alone or after learning", source="arXiv 2210.17323 (GPTQ)"
     ),
     "tune": Method(step=Tune(), summary="learnable weights (Block-AP)", source="arXiv 2407.11062 (EfficientQAT)"),
     "lsi": Method(

@@ -40,6 +40,12 @@ class Chain(nn.Module):
         """Return the quantized weights in the forward's dtype, differentiable in all that is learned."""
         return self.grid(self.moved())
 
+    @property
+    def quantizer(self) -> Grid:
+        """The last map."""
+        assert isinstance(self.grid, Grid)
+        return self.grid
+
     def learnables(self) -> Iterator[Learnables]:
         """Yield the learnables of every map, those of the grid last."""
         for part in self._parts():

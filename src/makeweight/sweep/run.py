@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from makeweight.calib.capture import capture, place
 from makeweight.calib.stream import Stream
-from makeweight.methods.base import Context, GridStep, MapStep, State
+from makeweight.methods.base import Context, GridStep, MapStep, RoundStep, State
 from makeweight.models.checkpoint import Checkpoint
 from makeweight.numerics.qtensor import QTensor
 from makeweight.recipe import Tune
 from makeweight.sweep.block import Block
 from makeweight.sweep.chain import Chain
 from makeweight.sweep.fit import Fit, Judge
+from makeweight.sweep.sequential import round_in_order
 
 Tick = Callable[[], None]
 
@@ -33,6 +34,7 @@ class Solver:
     context: Context
     tune: Tune
     seed: int
+    rounding: RoundStep | None = None
 
     def round(self, state: State) -> tuple[dict[str, Tensor], dict[str, QTensor]]:
         """Bring weights to the grid with nothing learned."""
@@ -71,9 +73,28 @@ class Sweep:
             tick=tick,
         )
         learned = asdict(fit.run())
-        weights, codes = chain.freeze()
+        weights, codes, rounded = self._commit(blocks[0], chain)
         self.pass_on(index, weights)
-        return codes, {**learned, **chain.report(), "seconds": time.perf_counter() - start}
+        return codes, {**learned, **chain.report(), **rounded, "seconds": time.perf_counter() - start}
+
+    def _commit(self, block: Block, chain: Chain) -> tuple[dict[str, Tensor], dict[str, QTensor], dict[str, float]]:
+        """Return final weights, codes, and what rounding reports, where it is a step of its own."""
+        solver = self.solver
+        if solver.rounding is None:
+            weights, codes = chain.freeze()
+            return weights, codes, {}
+        with torch.no_grad():
+            state = chain.moved()
+        return round_in_order(
+            block,
+            state,
+            chain.quantizer,
+            solver.rounding,
+            solver.context,
+            self.stream.quantized_NTD,
+            batch_size=solver.tune.batch_size,
+            device=self.device,
+        )
 
     def pass_on(self, index: int, weights: Mapping[str, Tensor] | None) -> None:
         """Send the quantized stream through a block with its committed weights, or with its own (None)."""

@@ -1,0 +1,74 @@
+"""GPTQ: rounding with error feedback, alone or after learned maps and ranges.
+
+Learned maps (sde) and ranges (lwc) are learned under plain rounding; GPTQ then rounds the weights that they left,
+within their ranges. What it changes is where each code falls, so a map's work is kept: the weights that meet the grid
+better leave smaller errors to feed back. Under learned rounding (autoround) it would undo what was learned.
+Source: arXiv 2210.17323; the options are those of its reference code, act-order with static groups by default.
+
+Shapes: O out, I in, G groups per row, S inputs per group.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from makeweight.errors import UserError
+from makeweight.methods.base import Context, Grid, RoundStep, Step
+from makeweight.methods.grid.clip import RangeGrid
+from makeweight.methods.grid.rounding import Rounding
+from makeweight.numerics.gptq import feedback_codes
+from makeweight.numerics.grid import qparams, ranges
+from makeweight.numerics.qtensor import QTensor
+from makeweight.numerics.svd import LinAlgError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gptq(RoundStep):
+    """Round linear by linear with the inputs that the quantized blocks before really give.
+
+    `damp` is added to the diagonal, a share of its mean, and grows where it must; `act_order` takes large inputs first.
+    """
+
+    damp: float = 0.01
+    act_order: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.damp <= 1:
+            raise UserError(f"gptq: damp {self.damp} must lie between 0 and 1, a share of the diagonal's mean.")
+
+    def conflicts(self, others: tuple[Step, ...]) -> str | None:  # noqa: D102
+        if any(isinstance(other, Rounding) for other in others):
+            return "gptq would round again what autoround has learned to round"
+        return None
+
+    @torch.no_grad()
+    def codes(  # noqa: D102
+        self, name: str, weight_OI: Tensor, hessian_II: Tensor, grid: Grid, context: Context
+    ) -> tuple[QTensor, dict[str, float]]:
+        assert isinstance(grid, RangeGrid), "every other grid is refused by `conflicts`"
+        scheme = context.scheme
+        low_factor_OG, high_factor_OG = grid.factors(name, weight_OI)
+
+        def of_group(part_OS: Tensor, group: int) -> tuple[Tensor, Tensor]:
+            low_O, high_O = ranges(part_OS)
+            return qparams(
+                low_O * low_factor_OG[:, group], high_O * high_factor_OG[:, group], scheme, context.scale_dtype
+            )
+
+        size = weight_OI.shape[1] // low_factor_OG.shape[1]
+        try:
+            codes_OI, scale_OG, zero_OG, damp = feedback_codes(
+                weight_OI, hessian_II, scheme, size, of_group, act_order=self.act_order, damp=self.damp
+            )
+        except LinAlgError as error:
+            raise UserError(f"gptq: {error} for {name}: give more or other calibration text.") from error
+        solved = QTensor(
+            codes_OI=codes_OI.to(torch.int8),
+            scale_OG=scale_OG.to(context.scale_dtype),
+            zero_OG=None if scheme.symmetric else zero_OG.to(torch.int8),
+            scheme=scheme,
+        )
+        return solved, {} if damp == self.damp else {f"damp.{name}": damp}

@@ -1,0 +1,108 @@
+"""Linears are rounded in the order of the network, each with the inputs that it will really get."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from makeweight.methods.base import Context, Grid
+from makeweight.methods.grid.clip import Lwc, Rtn
+from makeweight.methods.grid.gptq import Gptq
+from makeweight.methods.weight.sde import Sde
+from makeweight.numerics.errors import token_error
+from makeweight.numerics.qtensor import QTensor
+from makeweight.sweep.chain import Chain
+from makeweight.sweep.sequential import round_in_order, shared_inputs
+from tests.sweep.problem import CPU, Problem, problem
+
+
+@pytest.fixture(scope="module")
+def case() -> Problem:
+    return problem(scheme="W3A16g16", samples=24)
+
+
+def rounded(case: Problem, chain: Chain, step: Gptq) -> tuple[dict[str, Tensor], dict[str, QTensor], dict[str, float]]:
+    with torch.no_grad():
+        state = chain.moved()
+    return round_in_order(
+        case.blocks[0], state, chain.quantizer, step, case.context, case.hidden_NTD, batch_size=5, device=CPU
+    )
+
+
+def block_error(case: Problem, weights: dict[str, Tensor]) -> float:
+    block = case.blocks[0]
+    with torch.no_grad():
+        return float(token_error(block(case.hidden_NTD, weights), block(case.hidden_NTD)))
+
+
+@pytest.mark.parametrize(
+    ("family", "groups"),
+    [
+        ("llama", ["q_proj k_proj v_proj", "o_proj", "gate_proj up_proj", "down_proj"]),
+        ("phi3", ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]),
+        ("opt", ["q_proj k_proj v_proj", "out_proj", "fc1", "fc2"]),
+    ],
+)
+def test_linears_that_share_an_input(family: str, groups: list[str]) -> None:
+    case = problem(family)
+    found = shared_inputs(case.blocks[0], case.hidden_NTD[:1])
+    assert [sorted(name.rpartition(".")[2] for name in names) for names in found] == [
+        sorted(names.split()) for names in groups
+    ]
+
+
+class Listening(Gptq):
+    """Keeps what it is given."""
+
+    def codes(self, name: str, weight_OI: Tensor, hessian_II: Tensor, grid: Grid, context: Context) -> Any:
+        heard[name] = hessian_II
+        return super().codes(name, weight_OI, hessian_II, grid, context)
+
+
+heard: dict[str, Tensor] = {}
+
+
+def test_inputs_come_from_what_was_rounded_before(case: Problem) -> None:
+    heard.clear()
+    chain = case.chain(grid=Rtn())
+    weights, codes, _ = rounded(case, chain, Listening())
+    block = case.blocks[0]
+    seen: list[Tensor] = []
+    for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj"):
+        handle = block.module.get_submodule(name).register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+        with torch.no_grad():
+            block(case.hidden_NTD, weights)
+        handle.remove()
+        rows = seen[-1].flatten(0, 1)
+        torch.testing.assert_close(heard[name], rows.T @ rows / len(rows), rtol=1e-4, atol=1e-5)
+    for name, weight in weights.items():
+        assert torch.equal(weight, codes[name].dequantize(torch.float32))
+    assert list(codes) == list(block.linears)
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_a_block_is_nearer_than_by_rounding_alone(case: Problem, act_order: bool) -> None:
+    chain = case.chain(grid=Rtn())
+    alone = block_error(case, chain.freeze()[0])
+    assert block_error(case, rounded(case, chain, Gptq(act_order=act_order))[0]) < 0.8 * alone
+
+
+def test_it_rounds_what_was_learned_within_the_learned_ranges(case: Problem) -> None:
+    chain = case.chain(Sde(band=8), grid=Lwc())
+    case.fit(chain, steps=30).run()
+    learned, codes = chain.freeze()
+    weights, fed, _ = rounded(case, chain, Gptq())
+    rows = case.hidden_NTD.flatten(0, 1)
+    with torch.no_grad():
+        norm = case.blocks[0].module.get_submodule("input_layernorm")
+        moved = chain.moved()["self_attn.q_proj"]
+        fed_error, error = (
+            float((norm(rows) @ (found["self_attn.q_proj"] - moved).T).norm()) for found in (weights, learned)
+        )
+    assert fed_error < 0.9 * error
+    for name, tensor in fed.items():
+        assert torch.equal(tensor.scale_OG, codes[name].scale_OG)
+        assert tensor.zero_OG is not None and torch.equal(tensor.zero_OG, codes[name].zero_OG)  # pyright: ignore[reportArgumentType]
