@@ -17,10 +17,10 @@ METHOD = "lwc+sde+cl"
 SETTINGS: tuple[tuple[str, int, int, float], ...] = (
     ("W4A16", 0, 1, 1.0),
     ("W4A16", 0, 1, 0.3),
-    ("W4A16", 0, 2, 0.3),
-    ("W4A16", 0, 3, 1.0),
     ("W3A16g64", 0, 1, 1.0),
     ("W3A16g64", 0, 1, 0.3),
+    ("W4A16", 0, 2, 0.3),
+    ("W4A16", 0, 3, 1.0),
 )
 """Scheme, seed, blocks ahead, and what each block further on weighs relative to the one before it."""
 
