@@ -43,7 +43,7 @@ def test_time_follows_steps_blocks_and_method(recipe: Recipe, ckpt: Checkpoint) 
     assert of(recipe, ckpt, blocks=1).seconds == pytest.approx(whole / 3, rel=0.01)
     twice = replace(recipe, tune=replace(recipe.tune, steps=100))
     assert 1.5 * whole < of(twice, ckpt).seconds < 2 * whole
-    assert of(recipe, ckpt, method="lwc+sde").seconds < whole / 1.5
+    assert of(recipe, ckpt, method="lwc+sde").seconds < whole / 1.3  # the block ahead costs two thirds of its own
     assert of(recipe, ckpt, method="rtn").seconds < 0.1
 
 
@@ -52,7 +52,7 @@ def test_memory_follows_the_samples_and_the_look_ahead_but_not_the_depth(recipe:
     assert of(recipe, ckpt, blocks=1).memory_bytes == whole
     more = replace(recipe, calib=replace(recipe.calib, nsamples=128))
     stream = 64 * 128 * 64 * 2
-    assert of(more, ckpt).memory_bytes - whole == 5 * stream
+    assert of(more, ckpt).memory_bytes - whole == 4 * stream
     assert of(recipe, ckpt, method="lwc+sde").memory_bytes < whole
 
 

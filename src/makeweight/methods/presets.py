@@ -30,9 +30,7 @@ PRESETS: dict[str, Method] = {
         step=Sde(band=0), summary="learnable singular values (sde with band 0)", source="arXiv 2406.16299 (LSI)"
     ),
     "sde": Method(step=Sde(), summary="learnable band around the singular-value core", source="arXiv 2407.15508"),
-    "cl": Method(
-        step=CrossLayer(), summary="judge a block's error two blocks later as well", source="arXiv 2407.15508"
-    ),
+    "cl": Method(step=CrossLayer(), summary="judge a block's error one block later as well", source="arXiv 2407.15508"),
 }
 
 
