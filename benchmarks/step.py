@@ -87,7 +87,7 @@ def measure_block(title: str, batch: int, device: torch.device, budget: float) -
     blocks, hidden = layers(title, 3, device), SIZES[title][0]
     shapes = [(weight.shape[0], weight.shape[1]) for weight in blocks[0].state().values()]
     hidden_BTD = torch.randn(batch, SEQLEN, hidden, device=device).to(torch.bfloat16)
-    context = Context(scheme=SCHEME, scale_dtype=torch.bfloat16, dtype=torch.bfloat16)
+    context = Context(scheme=SCHEME, scale_dtype=torch.bfloat16, dtype=torch.bfloat16, steps=1)
     plans = {method: compose(method) for method in METHODS}
     ahead = {method: len(plan.loss.weights()) - 1 for method, plan in plans.items()}
 

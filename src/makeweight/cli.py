@@ -132,7 +132,7 @@ def quantize(
         eval=options.changed(base.eval, datasets=options.names(eval_dataset), windows=eval_windows, seqlen=eval_seqlen),
         out=out,
         seed=seed,
-        options=options.options(base, option),
+        options=options.settings(base, option),
         formats=options.words(formats),
         trust_remote_code=trust_remote_code,
     )

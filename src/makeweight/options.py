@@ -65,7 +65,7 @@ def rates(base: Recipe, given: list[str] | None) -> dict[str, float] | None:
     return {**base.tune.rates, **dict(map(parse_rate, given))} if given else None
 
 
-def options(base: Recipe, given: list[str] | None) -> dict[str, dict[str, Option]] | None:
+def settings(base: Recipe, given: list[str] | None) -> dict[str, dict[str, Option]] | None:
     """Add settings, each written as method.option=value, to a recipe's own."""
     if not given:
         return None

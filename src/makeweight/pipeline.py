@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,13 +17,13 @@ import torch
 from makeweight import __version__
 from makeweight.calib.capture import find_device
 from makeweight.calib.data import calibration_tokens, evaluation_texts
-from makeweight.errors import UserError
 from makeweight.estimate import Estimate, estimate
 from makeweight.evals.perplexity import Perplexity, evaluate
 from makeweight.export import compressed_tensors
 from makeweight.export.base import Facts
 from makeweight.export.folder import OWN, Folder
-from makeweight.export.run import export, known
+from makeweight.export.run import check as check_formats
+from makeweight.export.run import export
 from makeweight.methods.base import Context
 from makeweight.models import packed
 from makeweight.models.checkpoint import Checkpoint
@@ -55,6 +56,7 @@ def quantize(recipe: Recipe) -> Record:
         record = Record.load(folder.path)
         if all(record.recipe[name] == recipe_data(recipe)[name] for name in ("eval", "formats")):
             return record
+    folder.unseal()
     record = job.record(folder)
     folder.seal()
     return record
@@ -84,7 +86,6 @@ class Job:
         device = find_device(recipe.tune.device)
         ckpt = open_checkpoint(recipe.model, trust_remote_code=recipe.trust_remote_code)
         blocks = check(plan, recipe, ckpt)
-        refuse_formats(recipe, ckpt, blocks)
         ckpt.check_sound()
         tokenizer = ckpt.tokenizer()
         evaluation_texts(tokenizer, recipe.eval.datasets, seqlen=recipe.eval.seqlen, windows=recipe.eval.windows)
@@ -94,7 +95,7 @@ class Job:
             tokens_NT = calibration_tokens(
                 tokenizer, calib.dataset, nsamples=calib.nsamples, seqlen=calib.seqlen, seed=recipe.seed
             )
-        return cls(
+        job = cls(
             recipe=recipe,
             ckpt=ckpt,
             plan=plan,
@@ -102,6 +103,21 @@ class Job:
             device=device,
             tokens_NT=tokens_NT,
             estimate=estimate(plan, recipe, ckpt, blocks, device),
+        )
+        check_formats(Path(recipe.out).expanduser(), recipe.formats, job.facts(), identity=job.identity())
+        return job
+
+    def facts(self) -> Facts:
+        """Return what formats ask, as far as it is known before anything is solved."""
+        return Facts.of(
+            json.loads((self.ckpt.path / "config.json").read_text(encoding="utf-8")),
+            scheme=self.recipe.scheme,
+            folder=self.ckpt.path,
+            shapes={
+                self.ckpt.block_names(i)[f"{name}.weight"].removesuffix(".weight"): shape
+                for i in self.blocks
+                for name, shape in self.ckpt.linear_shapes(i).items()
+            },
         )
 
     def identity(self) -> str:
@@ -236,21 +252,6 @@ class Job:
         )
         folder.write_text(FILE, record.to_json())
         return record
-
-
-def refuse_formats(recipe: Recipe, ckpt: Checkpoint, blocks: range) -> None:
-    """Refuse a format that cannot hold what is going to be solved, as far as that is known before, and its folder."""
-    shapes = {
-        ckpt.block_names(i)[f"{name}.weight"].removesuffix(".weight"): shape
-        for i in blocks
-        for name, shape in ckpt.linear_shapes(i).items()
-    }
-    config = json.loads((ckpt.path / "config.json").read_text(encoding="utf-8"))
-    architecture = (config.get("architectures") or ["unknown"])[0]
-    facts = Facts(scheme=recipe.scheme, architecture=architecture, shapes=shapes, config=config, folder=ckpt.path)
-    for name in recipe.formats:
-        if reason := known(name).refusal(facts):
-            raise UserError(f"{name} cannot hold {ckpt.name} at {recipe.scheme}: {reason}.")
 
 
 def measure(recipe: Recipe, model: str, title: str) -> tuple[Perplexity, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -174,3 +175,42 @@ def test_shards_fill_up_block_by_block(tmp_path: Path) -> None:
     shards = Shards(tmp_path)
     for name, tensor in (pair for block in blocks for pair in block.items()):
         assert torch.equal(shards.read(name), tensor)
+
+
+def test_a_damaged_master_is_not_passed_on(root: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    quantize(small(root / "source", out, root / "words.txt", method="rtn"))
+    shard = out / "model-00002-of-00004.safetensors"
+    damaged = bytearray(shard.read_bytes())
+    damaged[-1] ^= 1
+    shard.write_bytes(damaged)
+    with pytest.raises(
+        UserError, match=r"is not what was solved: model-00002-of-00004\.safetensors is damaged in model"
+    ):
+        export(out, ["dense"])
+    assert not (tmp_path / "out-dense").exists()
+
+
+def test_a_folder_in_the_way_is_refused_before_solving(root: Path, tmp_path: Path) -> None:
+    recipe = small(root / "source", tmp_path / "out", root / "words.txt", method="rtn", formats=("dense",))
+    (tmp_path / "out-dense").mkdir()
+    with pytest.raises(UserError, match="out-dense already holds something else"):
+        quantize(recipe)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_dies_while_measuring_again_is_sealed_by_the_next(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = small(root / "source", tmp_path / "out", root / "words.txt", method="rtn")
+    quantize(recipe)
+    again = replace(recipe, eval=replace(recipe.eval, windows=1))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("makeweight.export.folder.Folder.seal", interrupt)
+        quantize(again)
+    quantize(again)
+    assert manifest.check(tmp_path / "out") == []
+
+
+def interrupt(_: object) -> None:
+    raise KeyboardInterrupt

@@ -46,7 +46,7 @@ def a_state() -> State:
 
 
 def context(scheme: Scheme | None = None, dtype: torch.dtype = torch.float32) -> Context:
-    return Context(scheme=scheme or Scheme(bits=3, group_size=16), scale_dtype=torch.bfloat16, dtype=dtype)
+    return Context(scheme=scheme or Scheme(bits=3, group_size=16), scale_dtype=torch.bfloat16, dtype=dtype, steps=200)
 
 
 def perturb(part: Map | Chain, size: float = 0.3) -> None:
@@ -123,7 +123,7 @@ def test_gradient_reaches_every_entry_of_the_band_and_none_outside(band: int) ->
 @pytest.mark.parametrize(("name", "grid"), PAIRS)
 def test_codes_are_the_forward(name: str, grid: str, dtype: torch.dtype, scale_dtype: torch.dtype) -> None:
     for scheme in SCHEMES:
-        chain = build(name, grid, Context(scheme=scheme, scale_dtype=scale_dtype, dtype=dtype))
+        chain = build(name, grid, Context(scheme=scheme, scale_dtype=scale_dtype, dtype=dtype, steps=200))
         perturb(chain)
         trained = chain()
         weights, codes = chain.freeze()

@@ -76,5 +76,5 @@ def problem(
         linears = tuple(name for name, part in module.named_modules() if isinstance(part, nn.Linear))
         blocks.append(Block(index=index, module=module, linears=linears, kwargs=kwargs))
     scale_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float16
-    context = Context(scheme=Scheme.parse(scheme), scale_dtype=scale_dtype, dtype=dtype)
+    context = Context(scheme=Scheme.parse(scheme), scale_dtype=scale_dtype, dtype=dtype, steps=24)
     return Problem(tuple(blocks), captured.hidden_NTD, context)

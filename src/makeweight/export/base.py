@@ -41,6 +41,11 @@ class Facts:
     config: Mapping[str, Any] = field(default_factory=dict)
     folder: Path | None = None
 
+    @classmethod
+    def of(cls, config: Mapping[str, Any], **known: Any) -> Facts:
+        """Build from config.json, which names the architecture, and the other fields."""
+        return cls(architecture=(config.get("architectures") or ["unknown"])[0], config=config, **known)
+
     def misfit(self, *, inputs: int = 1, outputs: int = 1) -> str | None:
         """Return a clause on the first linear whose sizes are no multiples of these, None where all are."""
         for name, (height, width) in self.shapes.items():

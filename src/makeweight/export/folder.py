@@ -120,6 +120,10 @@ class Folder:
         self._write_json("config.json", config)
         self._write_json(MARKER, {**(self.marker() or {}), "done": True})
 
+    def unseal(self) -> None:
+        """Take the manifest away before the folder changes: without it, the same command finishes the change."""
+        (self.path / manifest.NAME).unlink(missing_ok=True)
+
     def seal(self) -> None:
         """Write the manifest of the folder as it is now; its last file."""
         self.write_text(manifest.NAME, manifest.build(self.path))

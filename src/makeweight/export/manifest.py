@@ -26,16 +26,18 @@ def tensor_hash(tensor: Tensor) -> str:
     return sha.hexdigest()
 
 
-def build(folder: Path, *, leave_out: tuple[str, ...] = ()) -> str:
+def build(folder: Path) -> str:
     """Return the text of a folder's manifest, made from the files as they lie on the disk."""
-    names = [name for name in _files(folder) if name not in leave_out]
-    files = {name: {"bytes": (folder / name).stat().st_size, "sha256": _file_hash(folder / name)} for name in names}
+    files = {
+        name: {"bytes": (folder / name).stat().st_size, "sha256": _file_hash(folder / name)} for name in _files(folder)
+    }
     return _text({"files": files, "tensors": _tensors(folder)})
 
 
-def check(folder: Path, *, leave_out: tuple[str, ...] = ()) -> list[str]:
+def check(folder: Path, *, kinds: tuple[str, ...] = ("",)) -> list[str]:
     """Return one sentence for everything in which a folder differs from its manifest; empty where nothing does.
 
+    kinds: the ends of the names that are looked at; all where it is not given.
     Raises UserError where there is no folder or no manifest.
     """
     if not (folder / NAME).is_file():
@@ -50,15 +52,16 @@ def check(folder: Path, *, leave_out: tuple[str, ...] = ()) -> list[str]:
     if not sound:
         return [f"{NAME} itself is damaged."]
     problems = []
-    present = set(_files(folder)) - set(leave_out)
-    for name, entry in found["files"].items():
+    files = {name: entry for name, entry in found["files"].items() if name.endswith(kinds)}
+    present = {name for name in _files(folder) if name.endswith(kinds)}
+    for name, entry in files.items():
         if name not in present:
             problems.append(f"{name} is missing.")
         elif (size := (folder / name).stat().st_size) != entry["bytes"]:
             problems.append(f"{name} has {size} bytes instead of {entry['bytes']}.")
         elif _file_hash(folder / name) != entry["sha256"]:
             problems += _damaged(folder, name, found["tensors"])
-    problems += [f"{name} is not part of what was written." for name in sorted(present - found["files"].keys())]
+    problems += [f"{name} is not part of what was written." for name in sorted(present - files.keys())]
     return problems
 
 

@@ -6,11 +6,12 @@ import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 from makeweight.errors import UserError, did_you_mean
 from makeweight.export import manifest
-from makeweight.export.base import Format, deviation
+from makeweight.export.base import Facts, Format, deviation
 from makeweight.export.folder import NOTE
 from makeweight.export.formats import FORMATS
 from makeweight.export.hf import write_json
@@ -63,14 +64,27 @@ def export(path: str | Path, formats: Sequence[str], *, out: str | Path | None =
     before anything is written, for a format that is unknown or cannot hold the model, and for a folder that holds
     something else; RuntimeError where what was written reads back differently.
     """
+    if not formats:
+        return []
     solved = Solved(path)
-    chosen = [(form, target_of(solved.path, form.name, out)) for form in map(known, dict.fromkeys(formats))]
+    targets = check(solved.path, formats, solved.facts, identity=solved.identity, out=out)
+    return [_earlier(target, solved.identity) or _export(form, solved, target) for form, target in targets]
+
+
+def check(
+    path: Path, formats: Sequence[str], facts: Facts, *, identity: str, out: str | Path | None = None
+) -> list[tuple[Format, Path]]:
+    """Return the formats and the folders that they go into, for the run known by `identity`.
+
+    Raises UserError, as `export` does; what is known of a model only when it is solved is left for then.
+    """
+    chosen = [(form, target_of(path, form.name, out)) for form in map(known, dict.fromkeys(formats))]
     for form, target in chosen:
-        if reason := form.refusal(solved.facts):
-            raise UserError(f"{form.name} cannot hold {solved.path}: {reason}.")
-        if target.exists() and _earlier(target, solved) is None:
+        if reason := form.refusal(facts):
+            raise UserError(f"{form.name} cannot hold {path.name} at {facts.scheme}: {reason}.")
+        if target.exists() and _earlier(target, identity) is None:
             raise UserError(f"{target} already holds something else: give another --out, or delete it.")
-    return [_earlier(target, solved) or _export(form, solved, target) for form, target in chosen]
+    return chosen
 
 
 def target_of(solved: Path, form: str, out: str | Path | None) -> Path:
@@ -79,13 +93,13 @@ def target_of(solved: Path, form: str, out: str | Path | None) -> Path:
     return Path(out).expanduser() / form if out else whole.with_name(f"{whole.name}-{form}")
 
 
-def _earlier(target: Path, solved: Solved) -> Exported | None:
-    """Return what an earlier call wrote from the same solved folder, None where it did not."""
+def _earlier(target: Path, identity: str) -> Exported | None:
+    """Return what an earlier call wrote from the same run, None where it did not."""
     try:
         found = json.loads((target / NOTE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    if found.pop("solved", None) != solved.identity:
+    if found.pop("solved", None) != identity:
         return None
     return Exported(**{**found, "path": target})
 
@@ -116,18 +130,15 @@ def _export(form: Format, solved: Solved, target: Path) -> Exported:
 
 def _compare(form: Format, solved: Solved, folder: Path) -> float:
     """Return the largest deviation of a linear that is read back, or raise RuntimeError where one is too large."""
-    written = form.read(solved, folder)
-    worst, seen = 0.0, set()
-    for part in solved.parts():
-        for name, tensor in part.quantized.items():
-            got, weight_OI = next(written)
-            off = deviation(weight_OI, tensor) if got == name else float("inf")
-            if not off <= form.tolerance(solved.facts):
-                raise RuntimeError(f"{name} reads back differently from {folder}: {off:.3g} steps off")
-            worst = max(worst, off)
-            seen.add(name)
-    if seen != set(solved.names) or next(written, None) is not None:
-        raise RuntimeError(f"{folder} does not hold the linears that were solved")
+    expected = (pair for part in solved.parts() for pair in part.quantized.items())
+    tolerance, worst = form.tolerance(solved.facts), 0.0
+    for ours, theirs in zip_longest(expected, form.read(solved, folder)):
+        if ours is None or theirs is None or ours[0] != theirs[0]:
+            raise RuntimeError(f"{folder} does not hold the linears that were solved")
+        off = deviation(theirs[1], ours[1])
+        if not off <= tolerance:
+            raise RuntimeError(f"{ours[0]} reads back differently from {folder}: {off:.3g} steps off")
+        worst = max(worst, off)
     return worst
 
 

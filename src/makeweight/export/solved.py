@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from makeweight.errors import UserError
+from makeweight.export import manifest
 from makeweight.export.base import Facts
 from makeweight.export.folder import MARKER, OWN
 from makeweight.models import packed
@@ -33,7 +33,7 @@ class Part:
 
 
 class Solved:
-    """Reads a solved folder shard by shard. Raises UserError for a folder that is none, or is not finished."""
+    """Reads a solved folder shard by shard. Raises UserError for a folder that is none, unfinished or damaged."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).expanduser()
@@ -43,9 +43,17 @@ class Solved:
         self.identity = str(marker.get("identity"))
         if not marker.get("done"):
             raise UserError(f"{self.path} is not finished: run the same `makeweight quantize` again to finish it.")
+        self._check_weights()
         self.recipe = Recipe.load(self.path / "recipe.json")
         self.scheme: Scheme = self.recipe.scheme
         self.shards = Shards(self.path)
+
+    def _check_weights(self) -> None:
+        """Refuse weights that changed on the disk; a config or a card that its owner edited is passed on."""
+        if not (self.path / manifest.NAME).is_file():
+            return
+        if problems := manifest.check(self.path, kinds=(".safetensors",)):
+            raise UserError(f"{self.path} is not what was solved: {' '.join(problems)} Quantize or download it again.")
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -83,12 +91,9 @@ class Solved:
     @cached_property
     def dtype(self) -> torch.dtype:
         """The dtype of most of what was kept."""
-        kept = (entry for name, entry in self.shards.entries.items() if not name.endswith(".weight_scale"))
-        sizes: Counter[torch.dtype] = Counter()
-        for entry in kept:
-            if entry.dtype.is_floating_point:
-                sizes[entry.dtype] += entry.size
-        return sizes.most_common(1)[0][0]
+        found = self.shards.float_dtype()
+        assert found is not None, "norms and embeddings are never quantized"
+        return found
 
     @cached_property
     def facts(self) -> Facts:
@@ -103,13 +108,12 @@ class Solved:
                 fp16 = fp16 and torch.equal(tensor.scale_OG.half().float(), tensor.scale_OG.float())
                 if tensor.zero_OG is not None:
                     zeros += [int(tensor.zero_OG.min()), int(tensor.zero_OG.max())]
-        return Facts(
+        return Facts.of(
+            self.config,
             scheme=self.scheme,
-            architecture=(self.config.get("architectures") or ["unknown"])[0],
             shapes=shapes,
             zeros=(min(zeros), max(zeros)) if zeros else None,
             fp16_scales=fp16,
-            config=self.config,
             folder=self.path,
         )
 

@@ -34,7 +34,7 @@ class Context:
     scheme: Scheme
     scale_dtype: torch.dtype
     dtype: torch.dtype
-    steps: int = 200
+    steps: int
 
 
 @dataclass(frozen=True)

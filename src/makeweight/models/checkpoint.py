@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -65,13 +64,9 @@ class Checkpoint:
         self._check_names()
 
     def _stored_dtype(self) -> torch.dtype:
-        sizes: Counter[torch.dtype] = Counter()
-        for name, entry in self._shards.entries.items():
-            if entry.dtype.is_floating_point and not name.endswith(".weight_scale"):
-                sizes[entry.dtype] += entry.size
-        if not sizes:
+        most = self._shards.float_dtype()
+        if most is None:
             raise UserError(f"{self.path} holds no floating-point weights: give an unquantized model.")
-        most = sizes.most_common(1)[0][0]
         return torch.float32 if most == torch.float64 else most
 
     @cached_property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +74,14 @@ class Shards:
                 while position < len(names) and self.entries[names[position]].file == file:
                     yield names[position], handle.get_tensor(names[position])
                     position += 1
+
+    def float_dtype(self) -> torch.dtype | None:
+        """Return the floating dtype that most is stored in, scales left out, or None where nothing is."""
+        sizes: Counter[torch.dtype] = Counter()
+        for name, entry in self.entries.items():
+            if entry.dtype.is_floating_point and not name.endswith(".weight_scale"):
+                sizes[entry.dtype] += entry.size
+        return sizes.most_common(1)[0][0] if sizes else None
 
     def digest(self) -> str:
         """Return the sha256 of every shard's bytes, in order of name."""
