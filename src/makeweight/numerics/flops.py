@@ -53,10 +53,10 @@ def matmul_rate(
     """Measure the matrix-product rate in operations per second: (rows, size) times (size, size), best of several."""
     left = torch.randn(rows, size, device=device).to(dtype)
     right = torch.randn(size, size, device=device).to(dtype)
-    best, end = float("inf"), time.perf_counter() + seconds
     for _ in range(3):
         torch.mm(left, right)
-    while time.perf_counter() < end:
+    best, end = float("inf"), time.perf_counter() + seconds
+    while best == float("inf") or time.perf_counter() < end:
         _wait(left.device)
         start = time.perf_counter()
         for _ in range(4):
