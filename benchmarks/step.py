@@ -27,7 +27,7 @@ from makeweight.numerics.memory import keep_freed_memory
 from makeweight.numerics.scheme import Scheme
 from makeweight.plan import compose
 from makeweight.sweep.block import Block
-from makeweight.sweep.chain import Chain
+from makeweight.sweep.chain import Chain, Steps
 from makeweight.sweep.descent import Descent
 from makeweight.sweep.fit import Judge
 
@@ -93,7 +93,7 @@ def measure_block(title: str, batch: int, device: torch.device, budget: float) -
 
     def stepper(method: str) -> Callable[[], object]:
         plan = plans[method]
-        chain = Chain.build(blocks[0].state(), plan.maps, plan.grid, context).to(device)
+        chain = Chain.build(blocks[0].state(), Steps(maps=plan.maps, grid=plan.grid), context).to(device)
         judge = Judge(blocks=tuple(blocks[: ahead[method] + 1]), weights=plan.loss.weights(), device=device)
         descent = Descent(chain, steps=1)
         targets = [hidden_BTD] * len(judge.blocks)

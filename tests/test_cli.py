@@ -195,7 +195,7 @@ def test_inspect(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
 
 def test_methods(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     row = SimpleNamespace(stage=SimpleNamespace(name="WEIGHT"), summary="a band", source="arXiv 2407.15508")
-    stand_in(monkeypatch, "makeweight.methods.presets", zoo=lambda: {"sde": row})
+    stand_in(monkeypatch, "makeweight.methods.presets", zoo=lambda: {"sde": row}, COMPOSED={})
     assert main(["methods"]) == 0
     out = capsys.readouterr().out
     assert "sde" in out and "weight" in out and "arXiv 2407.15508" in out

@@ -112,6 +112,20 @@ def test_transformers_loads_what_was_written(family: str, tmp_path: Path, text: 
     assert ours == original and len(ours) == len("Zażółć".encode())
 
 
+@pytest.mark.parametrize("family", ["llama-tied", "qwen3", "gemma3", "opt", "phi3"])
+def test_scales_are_folded_into_what_is_written(family: str, tmp_path: Path, text: Path) -> None:
+    source, out = tiny_folder(family, tmp_path / "source"), tmp_path / "out"
+    quantize(small(source, out, text, method="scale+let+lwc", eval=NOT_MEASURED))
+    before, after = tensors(source), tensors(out)
+    changed = {name for name in before.keys() & after.keys() if not same_bits(before[name], after[name])}
+    spec = open_checkpoint(source).spec
+    assert changed >= {f"{spec.blocks}.0.{norm}.weight" for norm in spec.norms}
+    assert all(name.startswith(f"{spec.blocks}.") for name in changed)
+    with torch.no_grad():
+        theirs = loaded(out)(tokens(), use_cache=False).logits
+    torch.testing.assert_close(theirs, our_logits(out, tokens()))
+
+
 @pytest.mark.parametrize("symmetric", [False, True], ids=["asym", "sym"])
 @pytest.mark.parametrize("group", [-1, 32])
 @pytest.mark.parametrize("bits", [2, 4, 8])

@@ -11,7 +11,7 @@ import pytest
 from makeweight.errors import UserError
 from makeweight.methods.grid.clip import Lwc, Rtn
 from makeweight.methods.loss.cross_layer import CrossLayer, Mse
-from makeweight.methods.presets import PRESETS
+from makeweight.methods.presets import COMPOSED, PRESETS
 from makeweight.methods.weight.sde import Sde
 from makeweight.models.checkpoint import Checkpoint
 from makeweight.models.inspect import describe
@@ -82,7 +82,7 @@ def test_every_pair_composes_or_is_refused(name: str) -> None:
     [
         ("lwx", "method 'lwx' is unknown (did you mean 'lwc'?)"),
         ("lwc+sdee+cl", "method 'sdee' is unknown (did you mean 'sde'?)"),
-        ("zzzzz", "method 'zzzzz' is unknown: choose among rtn, lwc, autoround, gptq, tune, lsi, sde, cl"),
+        ("zzzzz", "method 'zzzzz' is unknown: choose among rtn, lwc, autoround, stepsize, mse, percentile"),
         ("lwc+", "method '' is unknown"),
         ("", "method '' is unknown"),
         ("lwc,sde", "is unknown"),
@@ -131,6 +131,28 @@ def test_impossible_rates() -> None:
 def ckpt(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     """Three blocks whose linears have 64 or 128 inputs, and 256 positions."""
     return open_checkpoint(tiny_folder("llama", tmp_path_factory.mktemp("plan") / "tiny"))
+
+
+def test_scaling_needs_a_known_family(tmp_path: Path) -> None:
+    unknown = open_checkpoint(tiny_folder("gpt-neox", tmp_path / "tiny"))
+    with pytest.raises(UserError, match="method 'let' cannot be used with tiny: it is not known which outputs"):
+        checked(unknown, method="let+lwc")
+    reasons = fits(describe(unknown))
+    assert reasons["scale"] and not reasons["sde"]
+    checked(unknown, method="lwc+sde+cl")
+
+
+def test_hqq_needs_zero_points(ckpt: Checkpoint) -> None:
+    with pytest.raises(UserError, match="method 'hqq' cannot be used at W3A16g32_sym: it solves for zero-points"):
+        checked(ckpt, "W3A16g32_sym", "sde+hqq")
+    checked(ckpt, "W3A16g32", "sde+hqq")
+
+
+def test_published_names_stand_for_their_parts() -> None:
+    for name, composed in COMPOSED.items():
+        assert compose(f"{name}+sde+cl") == compose("+".join(("cl", *composed.parts, "sde")))
+    assert "names lwc twice" in refused("omniquant+lwc")
+    assert "did you mean 'omniquant'" in refused("omniqant")
 
 
 def checked(ckpt: Checkpoint, scheme: str = "W3A16g32", method: str = "lwc", **changes: Any) -> range:
@@ -190,4 +212,5 @@ def test_fits_speaks_of_every_method(ckpt: Checkpoint, tmp_path: Path) -> None:
         verdicts = fits(describe(described))
         assert verdicts.keys() == PRESETS.keys()
         assert all(reason is None or reason.strip() for reason in verdicts.values())
-        assert [name for name, reason in verdicts.items() if reason is None] == list(PRESETS)
+        unfit = [name for name, method in PRESETS.items() if method.step.needs_edges and described is not ckpt]
+        assert [name for name, reason in verdicts.items() if reason] == unfit

@@ -136,7 +136,7 @@ def test_killed_before_the_marker(llama: Path, text: Path, straight: Path, tmp_p
     the_same(tmp_path / "out", straight)
 
 
-@pytest.mark.parametrize("method", ["lwc+cl", "autoround+sde", "lwc+tune+gptq", "gptq"])
+@pytest.mark.parametrize("method", ["lwc+cl", "autoround+sde", "lwc+tune+gptq", "gptq", "let+sde", "scale+gptq"])
 def test_killed_twice_with_some_blocks_left_out(method: str, llama: Path, text: Path, tmp_path: Path) -> None:
     recipe = unmeasured(llama, tmp_path / "out", text, blocks=(1, 3), method=method)
     interrupted(recipe, Sweep, "solve", lambda _, index, *rest: index == 2)

@@ -241,9 +241,10 @@ def inspect(
 @app.command()
 def methods() -> None:
     """List every method with its stage and its source."""
-    from makeweight.methods.presets import zoo
+    from makeweight.methods.presets import COMPOSED, zoo
 
     rows = [(name, method.stage.name.lower(), method.summary, method.source) for name, method in zoo().items()]
+    rows += [(name, "", "+".join(composed.parts), composed.source) for name, composed in COMPOSED.items()]
     _print_table(("method", "stage", "what it does", "source"), rows)
 
 

@@ -22,6 +22,7 @@ from makeweight.evals.perplexity import Perplexity, evaluate
 from makeweight.export import compressed_tensors
 from makeweight.export.base import Facts
 from makeweight.export.folder import OWN, Folder
+from makeweight.export.manifest import tensor_hash
 from makeweight.export.run import check as check_formats
 from makeweight.export.run import export
 from makeweight.methods.base import Context
@@ -29,12 +30,12 @@ from makeweight.models import packed
 from makeweight.models.checkpoint import Checkpoint
 from makeweight.models.load import open_checkpoint
 from makeweight.numerics.memory import keep_freed_memory, peak_memory, reset_peak_memory
-from makeweight.numerics.qtensor import QTensor
 from makeweight.plan import Plan, check, compose
 from makeweight.recipe import Recipe
 from makeweight.report import progress
 from makeweight.report.record import FILE, Cost, Record, recipe_data
-from makeweight.sweep.run import Solver, Sweep
+from makeweight.sweep.chain import Steps
+from makeweight.sweep.run import Committed, Solver, Sweep
 
 
 def quantize(recipe: Recipe) -> Record:
@@ -136,8 +137,7 @@ class Job:
         named = recipe.scheme.scale_dtype
         automatic = torch.float16 if stored == torch.float32 else stored
         return Solver(
-            maps=self.plan.maps,
-            grid=self.plan.grid,
+            steps=Steps(exact=self.plan.exact, maps=self.plan.maps, grid=self.plan.grid),
             rounding=self.plan.rounding,
             judge_weights=self.plan.loss.weights(),
             tune=recipe.tune,
@@ -146,6 +146,8 @@ class Job:
                 scheme=recipe.scheme,
                 steps=recipe.tune.steps,
                 dtype=getattr(torch, recipe.tune.dtype),
+                spec=self.ckpt.spec,
+                config=self.ckpt.config,
                 scale_dtype=automatic if named == "auto" else getattr(torch, named),
             ),
         )
@@ -171,42 +173,46 @@ class Job:
                     if sweep:
                         sweep.pass_on(index, self._decode(folder.read(index + 1), index))
                 else:
-                    codes, report = sweep.solve(index, bars.step) if sweep else self._round(solver, index)
-                    self._commit(folder, index, codes, report)
+                    committed = sweep.solve(index, bars.step) if sweep else self._round(solver, index)
+                    self._commit(folder, index, committed)
                 bars.block()
 
-    def _round(self, solver: Solver, index: int) -> tuple[dict[str, QTensor], dict[str, Any]]:
+    def _round(self, solver: Solver, index: int) -> Committed:
         """Solve a block with nothing to learn."""
         start, state = time.perf_counter(), self.ckpt.block_state(index, torch.float32)
         linears = {name: state[f"{name}.weight"] for name in self.ckpt.linears()}
-        return solver.round(linears)[1], {"seconds": time.perf_counter() - start}
+        codes = solver.round(linears)
+        return Committed(codes=codes, rest={}, report={"seconds": time.perf_counter() - start})
 
     def _stored(self, index: int) -> dict[str, torch.Tensor]:
         """Return a block's tensors under their names in the file, bit for bit."""
         names = self.ckpt.block_names(index)
         return {names[name]: tensor for name, tensor in self.ckpt.block_state(index).items()}
 
-    def _commit(self, folder: Folder, index: int, codes: dict[str, QTensor], report: dict[str, Any]) -> None:
+    def _commit(self, folder: Folder, index: int, committed: Committed) -> None:
         """Write a block's shard, once what is read back from it decodes to what was solved."""
-        names, tensors = self.ckpt.block_names(index), self._stored(index)
+        names, tensors, codes = self.ckpt.block_names(index), self._stored(index), committed.codes
+        tensors |= {names[name]: tensor.cpu() for name, tensor in committed.rest.items()}
         for name, tensor in codes.items():
             stored = names[f"{name}.weight"]
             del tensors[stored]
             tensors |= compressed_tensors.pack(stored.removesuffix(".weight"), tensor)
 
         def verify(written: Mapping[str, torch.Tensor]) -> None:
-            for name, weight in self._decode(written, index).items():
-                if not torch.equal(weight, codes[name].dequantize(weight.dtype).cpu()):
+            weights = self._decode(written, index)
+            for name, tensor in codes.items():
+                if not torch.equal(weights[name], tensor.dequantize(weights[name].dtype).cpu()):
                     raise RuntimeError(f"{name} of block {index} reads back differently in {folder.path}")
 
         digest = {name: tensor.digest() for name, tensor in codes.items()}
+        digest |= {name: tensor_hash(tensor) for name, tensor in committed.rest.items()}
         bits = {name: [tensor.bits_per_weight(), tensor.codes_OI.numel()] for name, tensor in codes.items()}
-        folder.write(index + 1, tensors, {**report, "digest": digest, "bits": bits}, verify)
+        folder.write(index + 1, tensors, {**committed.report, "digest": digest, "bits": bits}, verify)
 
     def _decode(self, tensors: Mapping[str, torch.Tensor], index: int) -> dict[str, torch.Tensor]:
-        """Return the quantized weights that a block's shard stands for, in the forward's dtype."""
+        """Return what a block's shard stands for, by name of a linear or of a parameter, in the forward's dtype."""
         names, dtype = self.ckpt.block_names(index), getattr(torch, self.recipe.tune.dtype)
-        weights = {}
+        weights = {name: tensors[stored].to(dtype) for name, stored in names.items() if stored in tensors}
         for name in self.ckpt.linears():
             linear = names[f"{name}.weight"].removesuffix(".weight")
             parts = {part: tensors[f"{linear}.{part}"] for part in packed.PARTS if f"{linear}.{part}" in tensors}

@@ -7,15 +7,17 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from makeweight.errors import UserError, did_you_mean
-from makeweight.methods.base import GridStep, LossStep, MapStep, RoundStep, Step
+from makeweight.methods.base import BlockStep, GridStep, LossStep, MapStep, RoundStep, Step
 from makeweight.methods.grid.clip import Rtn
 from makeweight.methods.loss.cross_layer import Mse
-from makeweight.methods.presets import zoo
+from makeweight.methods.presets import COMPOSED, zoo
 from makeweight.methods.weight.sde import Sde
 from makeweight.recipe import Option, Recipe
 
 if TYPE_CHECKING:
     from makeweight.models.checkpoint import Checkpoint
+
+NO_EDGES = "it is not known which outputs of its blocks feed which inputs"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,23 +27,29 @@ class Plan:
     names: tuple[str, ...]
     maps: tuple[MapStep, ...]
     grid: GridStep
+    exact: tuple[BlockStep, ...] = ()
     loss: LossStep
     rounding: RoundStep | None = None
 
     @property
+    def steps(self) -> tuple[Step, ...]:
+        """All steps but the loss."""
+        return (*self.exact, *self.maps, self.grid, *((self.rounding,) if self.rounding else ()))
+
+    @property
     def learns(self) -> bool:
         """Whether anything is learned, step by step."""
-        return bool(self.maps) or not isinstance(self.grid, Rtn)
+        return any(step.learns for step in self.steps)
 
     @property
     def calibrates(self) -> bool:
         """Whether calibration text and streams are needed."""
-        return self.learns or self.rounding is not None
+        return any(step.learns or step.reads_inputs for step in self.steps)
 
     @property
     def weight_bytes(self) -> int:
         """Bytes per weight of what the steps learn, where that is not small."""
-        return sum(step.weight_bytes for step in (*self.maps, self.grid))
+        return sum(step.weight_bytes for step in self.steps)
 
     @property
     def band(self) -> int | None:
@@ -57,11 +65,8 @@ def compose(
     `options` replaces settings by method name, `rates` learning rates. Raises UserError for an unknown name or
     setting, a repeated part, and parts that cannot stand together.
     """
-    names = [part.strip().lower() for part in method.split("+")]
     known = zoo()
-    for name in names:
-        if name not in known:
-            raise UserError(f"method {name!r} is unknown{did_you_mean(name, known)}: choose among {', '.join(known)}.")
+    names = [name for part in method.split("+") for name in expand(part.strip().lower())]
     if repeated := {name for name in names if names.count(name) > 1}:
         raise UserError(f"method {method!r} names {min(repeated)} twice: name each part once.")
     changes: dict[str, dict[str, Any]] = {name: dict(given) for name, given in (options or {}).items()}
@@ -76,6 +81,14 @@ def compose(
     places = list(known)
     names.sort(key=lambda name: (known[name].stage, places.index(name)))
     return _plan(method, {name: steps[name] for name in names})
+
+
+def expand(name: str) -> tuple[str, ...]:
+    """Return the parts that a name stands for; raises UserError for an unknown one."""
+    known = [*zoo(), *COMPOSED]
+    if name not in known:
+        raise UserError(f"method {name!r} is unknown{did_you_mean(name, known)}: choose among {', '.join(known)}.")
+    return COMPOSED[name].parts if name in COMPOSED else (name,)
 
 
 def _configured(name: str, step: Step, changes: Mapping[str, Any]) -> Step:
@@ -104,6 +117,7 @@ def _plan(method: str, steps: Mapping[str, Step]) -> Plan:
             raise UserError(f"method {method!r} cannot work: {reason}.")
     plan = Plan(
         names=tuple(steps),
+        exact=tuple(step for step in steps.values() if isinstance(step, BlockStep)),
         maps=tuple(step for step in steps.values() if isinstance(step, MapStep)),
         grid=next(iter(grids.values()), Rtn()),
         loss=next(iter(losses.values()), Mse()),
@@ -127,6 +141,11 @@ def chosen_blocks(recipe: Recipe, n_blocks: int) -> range:
 def check(plan: Plan, recipe: Recipe, ckpt: Checkpoint) -> range:
     """Refuse whatever cannot work with this model, in a sentence, and return the blocks to quantize."""
     blocks = chosen_blocks(recipe, ckpt.n_blocks)
+    for name in plan.names:
+        if zoo()[name].step.needs_edges and not ckpt.spec.edges:
+            raise UserError(f"method {name!r} cannot be used with {ckpt.name}: {NO_EDGES}.")
+        if reason := zoo()[name].step.misfit(recipe.scheme):
+            raise UserError(f"method {name!r} cannot be used at {recipe.scheme}: {reason}.")
     for index in blocks:
         for name, (_, width) in ckpt.linear_shapes(index).items():
             recipe.scheme.group_of(width, f"{ckpt.block_module_path(index)}.{name}")
@@ -144,8 +163,8 @@ def check(plan: Plan, recipe: Recipe, ckpt: Checkpoint) -> range:
 
 
 def fits(description: Mapping[str, Any]) -> dict[str, str | None]:
-    """Return for every method why a described model cannot use it, or None where it can.
-
-    The methods so far change one matrix at a time and need nothing from the model but its linears.
-    """
-    return dict.fromkeys(zoo())
+    """Return for every method why a described model cannot use it, or None where it can."""
+    return {
+        name: NO_EDGES if method.step.needs_edges and not description["edges"] else None
+        for name, method in zoo().items()
+    }

@@ -14,7 +14,7 @@ from makeweight.methods.base import Context, GridStep, MapStep
 from makeweight.methods.grid.clip import Lwc
 from makeweight.numerics.scheme import Scheme
 from makeweight.sweep.block import Block
-from makeweight.sweep.chain import Chain
+from makeweight.sweep.chain import Chain, Steps
 from makeweight.sweep.fit import Fit, Judge
 from tests.tiny import tiny_model
 
@@ -33,7 +33,7 @@ class Problem:
         return Stream(self.hidden_NTD, batch_size=batch_size, device=CPU)
 
     def chain(self, *steps: MapStep, grid: GridStep | None = None, index: int = 0) -> Chain:
-        return Chain.build(self.blocks[index].state(), steps, grid or Lwc(), self.context)
+        return Chain.build(self.blocks[index].state(), Steps(maps=steps, grid=grid or Lwc()), self.context)
 
     def judge(self, weights: tuple[float, ...] = (1.0,), index: int = 0) -> Judge:
         return Judge(blocks=self.blocks[index : index + len(weights)], weights=weights, device=CPU)

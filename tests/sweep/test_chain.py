@@ -51,7 +51,8 @@ def test_the_committed_block_is_the_trained_one(family: str, dtype: torch.dtype)
     move(chain)
     trained = block(case.hidden_NTD, chain())
     original = block(case.hidden_NTD)
-    weights, codes = chain.freeze()
+    frozen = chain.freeze()
+    weights, codes = frozen.weights, frozen.codes
     assert set(weights) == set(block.linears) == set(codes)
     before = weights_of(block)
     block.write(weights)
@@ -145,7 +146,7 @@ def test_maps_are_built_on_the_weights_that_reach_them(case: Problem) -> None:
     state = case.blocks[0].state()
     assert len(seen) == 2
     assert all(torch.equal(seen[k][name], 2**k * state[name]) for k in range(2) for name in state)
-    assert all(torch.equal(chain.moved()[name], 4 * state[name]) for name in state)
+    assert all(torch.equal(chain.moved()[0][name], 4 * state[name]) for name in state)
 
 
 def test_maps_act_in_the_order_given(case: Problem) -> None:
@@ -154,8 +155,8 @@ def test_maps_act_in_the_order_given(case: Problem) -> None:
     base = {name: weight.clone() for name, weight in chain.base.items()}
     move(chain)
     first, second = chain.maps
-    assert all(torch.equal(chain.moved()[n], second(first(base))[n]) for n in base)
-    assert not any(torch.equal(chain.moved()[n], base[n]) for n in base)
+    assert all(torch.equal(chain.moved()[0][n], second(first(base))[n]) for n in base)
+    assert not any(torch.equal(chain.moved()[0][n], base[n]) for n in base)
     chain.freeze()
     assert all(torch.equal(chain.base[n], base[n]) for n in base)
     assert [group.name for group in chain.learnables()] == ["sde", "sde", "lwc"]
@@ -166,7 +167,7 @@ def test_learned_state_reads_back(case: Problem) -> None:
     chain, again = case.chain(*steps), case.chain(*steps)
     move(chain)
     again.load_state_dict(chain.state_dict())
-    ours, theirs = chain.freeze()[1], again.freeze()[1]
+    ours, theirs = chain.freeze().codes, again.freeze().codes
     assert all(ours[name].digest() == theirs[name].digest() for name in ours)
     learned = sum(parameter.numel() for parameter in chain.parameters())
     assert sum(value.numel() for value in chain.state_dict().values()) == learned

@@ -11,7 +11,7 @@ from makeweight.methods.base import Context
 from makeweight.methods.grid.rounding import REACH, Rounding
 from makeweight.methods.weight.sde import Sde
 from makeweight.numerics.scheme import Scheme
-from makeweight.sweep.chain import Chain
+from makeweight.sweep.chain import Chain, Steps
 from makeweight.sweep.descent import FINAL_RATE, Descent
 
 STEPS = 8
@@ -22,7 +22,7 @@ def a_chain(steps: int = STEPS) -> Chain:
     context = Context(
         scheme=Scheme(bits=3, group_size=16), scale_dtype=torch.bfloat16, dtype=torch.float32, steps=steps
     )
-    return Chain.build(state, [Sde(band=1)], Rounding(), context)
+    return Chain.build(state, Steps(maps=[Sde(band=1)], grid=Rounding()), context)
 
 
 def test_signs_fall_in_a_straight_line_and_adam_along_a_cosine() -> None:

@@ -28,7 +28,7 @@ def case() -> Problem:
 
 
 def digests(chain: Chain) -> list[str]:
-    return [quantized.digest() for quantized in chain.freeze()[1].values()]
+    return [quantized.digest() for quantized in chain.freeze().codes.values()]
 
 
 def learned(chain: Chain) -> list[Tensor]:

@@ -13,9 +13,9 @@ from makeweight.methods.grid.clip import Lwc, Rtn
 from makeweight.methods.grid.gptq import Gptq
 from makeweight.methods.weight.sde import Sde
 from makeweight.numerics.errors import token_error
-from makeweight.numerics.qtensor import QTensor
-from makeweight.sweep.chain import Chain
-from makeweight.sweep.sequential import round_in_order, shared_inputs
+from makeweight.sweep.chain import Chain, Frozen
+from makeweight.sweep.inputs import shared_inputs
+from makeweight.sweep.sequential import round_in_order
 from tests.sweep.problem import CPU, Problem, problem
 
 
@@ -24,11 +24,11 @@ def case() -> Problem:
     return problem(scheme="W3A16g16", samples=24)
 
 
-def rounded(case: Problem, chain: Chain, step: Gptq) -> tuple[dict[str, Tensor], dict[str, QTensor], dict[str, float]]:
+def rounded(case: Problem, chain: Chain, step: Gptq) -> Frozen:
     with torch.no_grad():
-        state = chain.moved()
+        moved = chain.moved()
     return round_in_order(
-        case.blocks[0], state, chain.quantizer, step, case.context, case.hidden_NTD, batch_size=5, device=CPU
+        case.blocks[0], *moved, chain.quantizer, step, case.context, case.hidden_NTD, batch_size=5, device=CPU
     )
 
 
@@ -68,7 +68,8 @@ heard: dict[str, Tensor] = {}
 def test_inputs_come_from_what_was_rounded_before(case: Problem) -> None:
     heard.clear()
     chain = case.chain(grid=Rtn())
-    weights, codes, _ = rounded(case, chain, Listening())
+    frozen = rounded(case, chain, Listening())
+    weights, codes = frozen.weights, frozen.codes
     block = case.blocks[0]
     seen: list[Tensor] = []
     for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj"):
@@ -86,23 +87,23 @@ def test_inputs_come_from_what_was_rounded_before(case: Problem) -> None:
 @pytest.mark.parametrize("act_order", [False, True])
 def test_a_block_is_nearer_than_by_rounding_alone(case: Problem, act_order: bool) -> None:
     chain = case.chain(grid=Rtn())
-    alone = block_error(case, chain.freeze()[0])
-    assert block_error(case, rounded(case, chain, Gptq(act_order=act_order))[0]) < 0.8 * alone
+    alone = block_error(case, chain.freeze().weights)
+    assert block_error(case, rounded(case, chain, Gptq(act_order=act_order)).weights) < 0.8 * alone
 
 
 def test_it_rounds_what_was_learned_within_the_learned_ranges(case: Problem) -> None:
     chain = case.chain(Sde(band=8), grid=Lwc())
     case.fit(chain, steps=30).run()
-    learned, codes = chain.freeze()
-    weights, fed, _ = rounded(case, chain, Gptq())
+    learned, fed = chain.freeze(), rounded(case, chain, Gptq())
     rows = case.hidden_NTD.flatten(0, 1)
     with torch.no_grad():
         norm = case.blocks[0].module.get_submodule("input_layernorm")
-        moved = chain.moved()["self_attn.q_proj"]
+        moved = chain.moved()[0]["self_attn.q_proj"]
         fed_error, error = (
-            float((norm(rows) @ (found["self_attn.q_proj"] - moved).T).norm()) for found in (weights, learned)
+            float((norm(rows) @ (found["self_attn.q_proj"] - moved).T).norm())
+            for found in (fed.weights, learned.weights)
         )
     assert fed_error < 0.9 * error
-    for name, tensor in fed.items():
-        assert torch.equal(tensor.scale_OG, codes[name].scale_OG)
-        assert tensor.zero_OG is not None and torch.equal(tensor.zero_OG, codes[name].zero_OG)  # pyright: ignore[reportArgumentType]
+    for name, tensor in fed.codes.items():
+        assert torch.equal(tensor.scale_OG, learned.codes[name].scale_OG)
+        assert tensor.zero_OG is not None and torch.equal(tensor.zero_OG, learned.codes[name].zero_OG)  # pyright: ignore[reportArgumentType]

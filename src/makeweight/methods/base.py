@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,27 +14,48 @@ from torch import Tensor, nn
 from makeweight.numerics.qtensor import QTensor
 from makeweight.numerics.scheme import Scheme
 
+if TYPE_CHECKING:
+    from makeweight.models.spec import ModelSpec
+
 State = dict[str, Tensor]
 """The weights (O, I) of one block by linear name, fp32 until they meet their grid."""
+
+Params = dict[str, Tensor]
+"""Every parameter of one block by its own name, weights, norms and biases, fp32."""
 
 
 class Stage(IntEnum):
     """When a step acts; the order is the order of execution, whatever the user typed."""
 
-    WEIGHT = 1
-    GRID = 2
-    ROUND = 3
-    LOSS = 4
+    BLOCK = 1
+    WEIGHT = 2
+    GRID = 3
+    ROUND = 4
+    LOSS = 5
+
+
+class Inputs(Protocol):
+    """What enters the linears of a block over all calibration samples, with the parameters that it has by then."""
+
+    def moment(self, name: str) -> Tensor:
+        """Return the mean over tokens of x x^T for the inputs x of a linear, (I, I) fp32."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
-    """What a step may know when it builds its map: the scheme, dtypes of scales and of the forward, steps to come."""
+    """What a step may know when it builds its map: the scheme, dtypes of scales and of the forward, steps to come.
+
+    The model's description is there for steps that need its edges, `inputs` for those that read them.
+    """
 
     scheme: Scheme
     scale_dtype: torch.dtype
     dtype: torch.dtype
     steps: int
+    spec: ModelSpec | None = None
+    config: Any = None
+    inputs: Inputs | None = None
 
 
 @dataclass(frozen=True)
@@ -72,6 +93,17 @@ class Map(nn.Module, ABC):
         return {}
 
 
+class BlockMap(Map):
+    """A change of all parameters of a block that leaves its function as it is.
+
+    Where it learns it acts on what the weights' own maps give; where it does not, before they are built.
+    """
+
+    @abstractmethod
+    def forward(self, state: Params) -> Params:
+        """Return the changed parameters, same names and shapes."""
+
+
 class Grid(Map):
     """The last map of a chain: weights to the values a grid can hold, in the forward's dtype."""
 
@@ -85,12 +117,34 @@ class Step(ABC):
     """A method's keyword-only configuration."""
 
     stage: ClassVar[Stage]
+    learns: ClassVar[bool] = True
+    """Whether it has anything to learn, step by step."""
+    reads_inputs: ClassVar[bool] = False
+    """Whether it is built from the inputs of linears."""
+    needs_edges: ClassVar[bool] = False
+    """Whether it needs to know which outputs of a block feed which inputs."""
     weight_bytes: ClassVar[int] = 0
     """Memory of its learnables with gradients, moments and best state, in bytes per weight where it is not small."""
 
     def conflicts(self, others: tuple[Step, ...]) -> str | None:
         """Return why this step cannot stand beside the others, as a clause, or None where it can."""
         return None
+
+    def misfit(self, scheme: Scheme) -> str | None:
+        """Return why this step cannot serve a scheme, as a clause, or None where it can."""
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockStep(Step):
+    """A step that changes a block as a whole, exactly."""
+
+    stage: ClassVar[Stage] = Stage.BLOCK
+    needs_edges: ClassVar[bool] = True
+
+    @abstractmethod
+    def build(self, params: Params, context: Context) -> BlockMap:
+        """Build the map for one block from its parameters."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +172,8 @@ class RoundStep(Step):
     """A step that rounds once learning is over, linear by linear, with the inputs that each really gets."""
 
     stage: ClassVar[Stage] = Stage.ROUND
+    learns: ClassVar[bool] = False
+    reads_inputs: ClassVar[bool] = True
 
     @abstractmethod
     def codes(
@@ -131,6 +187,7 @@ class LossStep(Step):
     """A step that says where, and how heavily, a block's error is judged."""
 
     stage: ClassVar[Stage] = Stage.LOSS
+    learns: ClassVar[bool] = False
 
     @abstractmethod
     def weights(self) -> tuple[float, ...]:

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
 
 from makeweight.errors import UserError
 from makeweight.methods.base import Method
+from makeweight.methods.block.scale import Let, Scale
 from makeweight.methods.grid.clip import Lwc, Rtn
 from makeweight.methods.grid.gptq import Gptq
 from makeweight.methods.grid.rounding import Rounding
+from makeweight.methods.grid.search import Hqq, InputClip, MseRange, Percentile
+from makeweight.methods.grid.stepsize import StepSize
 from makeweight.methods.loss.cross_layer import CrossLayer
 from makeweight.methods.weight.sde import Sde
 from makeweight.methods.weight.tune import Tune
+
+
+@dataclass(frozen=True, kw_only=True)
+class Composed:
+    """A name for several methods of the zoo, and where it comes from."""
+
+    parts: tuple[str, ...]
+    source: str
+
 
 PRESETS: dict[str, Method] = {
     "rtn": Method(step=Rtn(), summary="round to nearest, nothing learned", source="baseline"),
@@ -22,8 +35,31 @@ PRESETS: dict[str, Method] = {
     "autoround": Method(
         step=Rounding(), summary="learnable rounding of every weight", source="arXiv 2309.05516 (SignRound)"
     ),
+    "stepsize": Method(
+        step=StepSize(),
+        summary="learnable step sizes and zero-points",
+        source="arXiv 1902.08153 (LSQ), 2407.11062 (EfficientQAT)",
+    ),
+    "mse": Method(
+        step=MseRange(), summary="ranges shrunk to the least weight error", source="arXiv 2210.17323 (GPTQ's code)"
+    ),
+    "percentile": Method(step=Percentile(), summary="ranges that end at quantiles of every group", source="baseline"),
+    "hqq": Method(
+        step=Hqq(),
+        summary="scales by half-quadratic splitting, integer zero-points",
+        source="Badri and Shaji 2023 (Mobius Labs)",
+    ),
+    "clip": Method(
+        step=InputClip(), summary="ranges shrunk to the least output error", source="arXiv 2306.00978 (AWQ)"
+    ),
     "gptq": Method(
         step=Gptq(), summary="rounding with error feedback, alone or after learning", source="arXiv 2210.17323 (GPTQ)"
+    ),
+    "let": Method(
+        step=Let(), summary="learnable scaling of channels, folded away", source="arXiv 2308.13137 (OmniQuant)"
+    ),
+    "scale": Method(
+        step=Scale(), summary="scaling of channels by their inputs, folded away", source="arXiv 2306.00978 (AWQ)"
     ),
     "tune": Method(step=Tune(), summary="learnable weights (Block-AP)", source="arXiv 2407.11062 (EfficientQAT)"),
     "lsi": Method(
@@ -32,6 +68,14 @@ PRESETS: dict[str, Method] = {
     "sde": Method(step=Sde(), summary="learnable band around the singular-value core", source="arXiv 2407.15508"),
     "cl": Method(step=CrossLayer(), summary="judge a block's error one block later as well", source="arXiv 2407.15508"),
 }
+
+
+COMPOSED: dict[str, Composed] = {
+    "omniquant": Composed(parts=("let", "lwc"), source="arXiv 2308.13137"),
+    "awq": Composed(parts=("scale", "clip"), source="arXiv 2306.00978"),
+    "efficientqat": Composed(parts=("tune", "stepsize"), source="arXiv 2407.11062, its block-wise stage"),
+}
+"""Published methods that are several of ours."""
 
 
 @cache

@@ -57,6 +57,22 @@ def _scale_rows(state: State, name: str, part: slice, scale: Tensor) -> State:
     return changed
 
 
+def per_reader(scale: Tensor, spec: ModelSpec, config: PretrainedConfig, edge: Edge) -> Tensor:
+    """Return one value per input of the edge's readers from one per output of its source."""
+    if spec.heads is None or edge.src != spec.heads[0]:
+        return scale
+    head = HeadShape.of(config)
+    return scale.view(head.kv, head.dim).repeat_interleave(head.query // head.kv, dim=0).flatten()
+
+
+def per_source(values: Tensor, spec: ModelSpec, config: PretrainedConfig, edge: Edge) -> Tensor:
+    """Return one value per output of the edge's source: the mean of those of the inputs that it feeds."""
+    if spec.heads is None or edge.src != spec.heads[0]:
+        return values
+    head = HeadShape.of(config)
+    return values.view(head.kv, head.query // head.kv, head.dim).mean(1).flatten()
+
+
 def rescale(state: State, spec: ModelSpec, config: PretrainedConfig, edge: Edge, scale: Tensor) -> State:
     """Multiply the source's output channels by positive `scale` and divide the readers' columns by it.
 
@@ -72,10 +88,7 @@ def rescale(state: State, spec: ModelSpec, config: PretrainedConfig, edge: Edge,
     else:
         name, part = _rows_in(state, spec, config, edge.src)
         changed |= _scale_rows(state, name, part, scale)
-    columns = scale
-    if spec.heads is not None and edge.src == spec.heads[0]:
-        head = HeadShape.of(config)
-        columns = scale.view(head.kv, head.dim).repeat_interleave(head.query // head.kv, dim=0).flatten()
+    columns = per_reader(scale, spec, config, edge)
     for name in edge.dst:
         changed[f"{name}.weight"] = changed[f"{name}.weight"] / columns
     return changed

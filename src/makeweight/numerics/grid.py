@@ -102,7 +102,7 @@ class _ClippedGrid(torch.autograd.Function):
         scheme: Scheme = ctx.scheme
         weight_OGS = grouped(weight_OI, ctx.group)
         grad_OGS = grouped(grads[0].to(weight_OI.dtype, copy=True), ctx.group)
-        slope_OGS, inside_OGS = _scale_slope(weight_OGS, scale_OG, zero_OG, scheme, _like(offset_OI, weight_OGS))
+        slope_OGS, inside_OGS = scale_slope(weight_OGS, scale_OG, zero_OG, scheme, _like(offset_OI, weight_OGS))
         grad_scale_OG = slope_OGS.mul_(grad_OGS).sum(-1)
         low_slope_OG, high_slope_OG = _range_slopes(low_OG * low_factor_OG, high_OG * high_factor_OG, scheme)
         grad_low_OG, grad_high_OG = low_slope_OG * grad_scale_OG, high_slope_OG * grad_scale_OG
@@ -125,7 +125,7 @@ def _like(offset_OI: Tensor | None, weight_OGS: Tensor) -> Tensor | None:
     return None if offset_OI is None else offset_OI.view_as(weight_OGS)
 
 
-def _scale_slope(
+def scale_slope(
     weight_OGS: Tensor, scale_OG: Tensor, zero_OG: Tensor, scheme: Scheme, offset_OGS: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Return d w_hat / d scale (the rounding residual inside the range, its end outside) and 1 inside, 0 outside.

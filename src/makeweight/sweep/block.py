@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from makeweight.calib.capture import hidden_of
-from makeweight.methods.base import State
+from makeweight.methods.base import Params, State
 
 
 @dataclass(frozen=True)
@@ -23,18 +23,29 @@ class Block:
     kwargs: Mapping[str, Any]
 
     def __call__(self, hidden_BTD: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Run the block, with other weights (linear name to (O, I)) where given, shape (B, T, D)."""
+        """Run the block, shape (B, T, D), where given with other weights, by name of a linear or of a parameter."""
         if weights is None:
             return hidden_of(self.module(hidden_BTD, **self.kwargs))
-        named = {f"{name}.weight": weight for name, weight in weights.items()}
-        return hidden_of(functional_call(self.module, named, (hidden_BTD,), dict(self.kwargs)))
+        return hidden_of(functional_call(self.module, self._named(weights), (hidden_BTD,), dict(self.kwargs)))
 
     def state(self) -> State:
         """Return fp32 copies of the weights to quantize."""
         return {name: self.module.get_submodule(name).weight.detach().float().clone() for name in self.linears}  # pyright: ignore[reportCallIssue,reportAttributeAccessIssue]
 
+    def rest(self) -> Params:
+        """Return fp32 copies of all other parameters."""
+        taken = {f"{name}.weight" for name in self.linears}
+        return {
+            name: tensor.detach().float().clone()
+            for name, tensor in self.module.named_parameters()
+            if name not in taken
+        }
+
     def write(self, weights: Mapping[str, Tensor]) -> None:
-        """Replace the block's weights for good."""
-        for name, weight in weights.items():
-            linear = self.module.get_submodule(name)
-            linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        """Replace weights, by name of a linear or of a parameter, for good."""
+        named = {name: weight.detach() for name, weight in self._named(weights).items()}
+        self.module.load_state_dict(named, strict=False, assign=True)
+
+    def _named(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Name every weight as the parameter that it replaces."""
+        return {f"{name}.weight" if name in self.linears else name: weight for name, weight in weights.items()}

@@ -2,43 +2,125 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
-from makeweight.methods.base import Context, Grid, GridStep, Learnables, Map, MapStep, State
+from makeweight.methods.base import (
+    BlockStep,
+    Context,
+    Grid,
+    GridStep,
+    Inputs,
+    Learnables,
+    Map,
+    MapStep,
+    Params,
+    State,
+    Step,
+)
 from makeweight.numerics.qtensor import QTensor
 
 
-class Chain(nn.Module):
-    """Fold maps over the weights of a block, then bring them to the grid."""
+@dataclass(frozen=True, kw_only=True)
+class Steps:
+    """The steps that a chain is built from, each kind in order of execution."""
 
-    def __init__(self, state: State, maps: Sequence[Map], grid: Grid) -> None:
+    exact: Sequence[BlockStep] = ()
+    maps: Sequence[MapStep] = ()
+    grid: GridStep
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frozen:
+    """What a chain ends as: weights, the codes that dequantize to exactly these, other parameters fp32, a report."""
+
+    weights: dict[str, Tensor]
+    codes: dict[str, QTensor]
+    rest: Params
+    report: dict[str, float] = field(default_factory=dict)
+
+
+def join(state: State, rest: Params) -> Params:
+    """Put weights by linear name among the other parameters of their block."""
+    return {**{f"{name}.weight": weight for name, weight in state.items()}, **rest}
+
+
+def split(params: Params, linears: Sequence[str]) -> tuple[State, Params]:
+    """Undo `join`."""
+    keys = {f"{name}.weight": name for name in linears}
+    state = {name: params[key] for key, name in keys.items()}
+    return state, {key: value for key, value in params.items() if key not in keys}
+
+
+class Chain(nn.Module):
+    """Change a block as a whole, fold maps over its weights, then bring them to the grid.
+
+    `rest` holds the other parameters where a step may change them, and is empty where none does.
+    """
+
+    def __init__(
+        self, state: State, maps: Sequence[Map], grid: Grid, *, rest: Params | None = None, exact: Sequence[Map] = ()
+    ) -> None:
         super().__init__()
-        self.base = state
-        self.maps, self.grid = nn.ModuleList(maps), grid
+        self.base, self.rest = state, rest or {}
+        self.maps, self.exact, self.grid = nn.ModuleList(maps), nn.ModuleList(exact), grid
 
     @classmethod
-    def build(cls, state: State, steps: Sequence[MapStep], grid: GridStep, context: Context) -> Chain:
-        """Build every map on the weights that reach it, at the identity; `state` holds the block's own, fp32."""
-        maps, reached = [], state
-        for step in steps:
-            maps.append(step.build(reached, context))
+    def build(
+        cls,
+        state: State,
+        steps: Steps,
+        context: Context,
+        *,
+        rest: Params | None = None,
+        inputs: Callable[[Params], Inputs] | None = None,
+    ) -> Chain:
+        """Build every map on what reaches it, at the identity; `state` and `rest` are the block's own, fp32.
+
+        Exact steps that learn nothing are folded in before the others see the weights, and `inputs` tells what
+        enters the linears with the parameters that the block has by then.
+        """
+
+        def seen(step: Step, params: Params) -> Context:
+            return replace(context, inputs=inputs(params)) if inputs and step.reads_inputs else context
+
+        linears, learned = list(state), []
+        params = join(state, rest or {})
+        for step in steps.exact:
+            built = step.build(params, seen(step, params))
+            if step.learns:
+                learned.append(built)
+            else:
+                params = built(params)
+        base, rest = split(params, linears)
+        maps, reached = [], base
+        for step in steps.maps:
+            maps.append(step.build(reached, seen(step, params)))
             with torch.no_grad():
                 reached = maps[-1](reached)
-        return cls(state, maps, grid.build(reached, context))
+        grid = steps.grid.build(reached, seen(steps.grid, params))
+        return cls(base, maps, grid, rest=rest, exact=learned)
 
-    def moved(self) -> State:
-        """Return the weights as the grid receives them, fp32."""
-        state = self.base
-        for step in self.maps:
-            state = step(state)
-        return state
+    def moved(self) -> tuple[State, Params]:
+        """Return the weights as the grid receives them and the other parameters, fp32."""
+        state, rest = self.base, self.rest
+        for part in self.maps:
+            state = part(state)
+        if self.exact:
+            params = join(state, rest)
+            for part in self.exact:
+                params = part(params)
+            state, rest = split(params, list(state))
+        return state, rest
 
     def forward(self) -> dict[str, Tensor]:
-        """Return the quantized weights in the forward's dtype, differentiable in all that is learned."""
-        return self.grid(self.moved())
+        """Return what the block is run with, differentiable in all that is learned: quantized weights, and the rest."""
+        state, rest = self.moved()
+        weights = self.grid(state)
+        return {**weights, **_cast(rest, weights)}
 
     @property
     def quantizer(self) -> Grid:
@@ -61,19 +143,24 @@ class Chain(nn.Module):
         return {key: value for part in self._parts() for key, value in part.report().items()}
 
     @torch.no_grad()
-    def freeze(self) -> tuple[dict[str, Tensor], dict[str, QTensor]]:
-        """Return the final weights and their codes; the codes dequantize to exactly these weights.
+    def freeze(self) -> Frozen:
+        """Return what the chain has learned, with codes.
 
-        Raises RuntimeError where they do not: the committed block would not be the one that was trained.
+        Raises RuntimeError where the codes do not stand for the weights: the block would not be the one that learned.
         """
-        state = self.moved()
+        state, rest = self.moved()
         weights, codes = self.grid(state), self.grid.codes(state)
         for name, weight in weights.items():
             if not torch.equal(codes[name].dequantize(weight.dtype), weight):
                 raise RuntimeError(f"the codes of {name} do not stand for the weights it was trained with")
-        return weights, codes
+        return Frozen(weights=weights, codes=codes, rest=rest)
 
     def _parts(self) -> Iterator[Map]:
-        for part in (*self.maps, self.grid):
+        for part in (*self.maps, *self.exact, self.grid):
             assert isinstance(part, Map)
             yield part
+
+
+def _cast(rest: Params, weights: Mapping[str, Tensor]) -> Params:
+    dtype = next(iter(weights.values())).dtype
+    return {name: tensor.to(dtype) for name, tensor in rest.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from makeweight.calib.capture import capture, place
 from makeweight.calib.stream import Stream
-from makeweight.methods.base import Context, GridStep, MapStep, RoundStep, State
+from makeweight.methods.base import Context, Params, RoundStep, State
 from makeweight.models.checkpoint import Checkpoint
 from makeweight.numerics.qtensor import QTensor
 from makeweight.recipe import Tune
 from makeweight.sweep.block import Block
-from makeweight.sweep.chain import Chain
+from makeweight.sweep.chain import Chain, Frozen, Steps
 from makeweight.sweep.fit import Fit, Judge
+from makeweight.sweep.inputs import Moments
 from makeweight.sweep.sequential import round_in_order
 
 Tick = Callable[[], None]
@@ -26,19 +27,27 @@ Tick = Callable[[], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Solver:
-    """What turns the weights of a block into codes: the steps, the grid, and how learning goes."""
+    """What turns the weights of a block into codes: the steps, and how learning goes."""
 
-    maps: Sequence[MapStep]
-    grid: GridStep
+    steps: Steps
     judge_weights: tuple[float, ...]
     context: Context
     tune: Tune
     seed: int
     rounding: RoundStep | None = None
 
-    def round(self, state: State) -> tuple[dict[str, Tensor], dict[str, QTensor]]:
+    def round(self, state: State) -> dict[str, QTensor]:
         """Bring weights to the grid with nothing learned."""
-        return Chain.build(state, self.maps, self.grid, self.context).freeze()
+        return Chain.build(state, self.steps, self.context).freeze().codes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Committed:
+    """What a block has become: codes by linear, other parameters that changed as they are stored, and a report."""
+
+    codes: dict[str, QTensor]
+    rest: Params
+    report: dict[str, Any]
 
 
 class Sweep:
@@ -54,12 +63,12 @@ class Sweep:
         self.stream = Stream(captured.hidden_NTD, batch_size=tune.batch_size, device=device)
         self.loaded: dict[int, Block] = {}
 
-    def solve(self, index: int, tick: Tick | None = None) -> tuple[dict[str, QTensor], dict[str, Any]]:
-        """Learn and commit a block, and pass it: its codes, and a report of plain numbers."""
+    def solve(self, index: int, tick: Tick | None = None) -> Committed:
+        """Learn and commit a block, and pass it."""
         start, solver = time.perf_counter(), self.solver
         blocks = self._blocks(index)
         targets = self.stream.targets(blocks)
-        chain = Chain.build(blocks[0].state(), solver.maps, solver.grid, solver.context).to(self.device)
+        chain = self._chain(blocks[0])
         judge = Judge(blocks=blocks, weights=solver.judge_weights[: len(blocks)], device=self.device)
         fit = Fit(
             chain,
@@ -73,21 +82,37 @@ class Sweep:
             tick=tick,
         )
         learned = asdict(fit.run())
-        weights, codes, rounded = self._commit(blocks[0], chain)
-        self.pass_on(index, weights)
-        return codes, {**learned, **chain.report(), **rounded, "seconds": time.perf_counter() - start}
+        frozen, own = self._freeze(blocks[0], chain), blocks[0].rest()
+        rest = {
+            name: tensor.to(self.ckpt.dtype)
+            for name, tensor in frozen.rest.items()
+            if not torch.equal(tensor, own[name])
+        }
+        self.pass_on(index, {**frozen.weights, **rest})
+        report = {**learned, **chain.report(), **frozen.report, "seconds": time.perf_counter() - start}
+        return Committed(codes=frozen.codes, rest=rest, report=report)
 
-    def _commit(self, block: Block, chain: Chain) -> tuple[dict[str, Tensor], dict[str, QTensor], dict[str, float]]:
-        """Return final weights, codes, and what rounding reports, where it is a step of its own."""
+    def _chain(self, block: Block) -> Chain:
+        """Build the maps of a block, with what its linears read where a step asks."""
+        solver = self.solver
+
+        def inputs(params: Params) -> Moments:
+            weights = {name: tensor.to(solver.context.dtype) for name, tensor in params.items()}
+            return Moments(block, weights, self.stream.quantized_NTD, solver.tune.batch_size, self.device)
+
+        rest = block.rest() if solver.steps.exact else {}
+        return Chain.build(block.state(), solver.steps, solver.context, rest=rest, inputs=inputs).to(self.device)
+
+    def _freeze(self, block: Block, chain: Chain) -> Frozen:
+        """Return what was learned, rounded by the step that rounds, where it is one of its own."""
         solver = self.solver
         if solver.rounding is None:
-            weights, codes = chain.freeze()
-            return weights, codes, {}
+            return chain.freeze()
         with torch.no_grad():
-            state = chain.moved()
+            moved = chain.moved()
         return round_in_order(
             block,
-            state,
+            *moved,
             chain.quantizer,
             solver.rounding,
             solver.context,
@@ -101,7 +126,8 @@ class Sweep:
         blocks = self._blocks(index)
         self.stream.targets(blocks)
         if weights is not None:
-            blocks[0].write({name: weight.to(self.device) for name, weight in weights.items()})
+            dtype = self.solver.context.dtype
+            blocks[0].write({name: tensor.to(self.device, dtype) for name, tensor in weights.items()})
         self.stream.step(blocks[0])
         del self.loaded[index]
         self.ckpt.unload_block(self.skeleton, index)

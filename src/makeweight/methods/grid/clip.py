@@ -9,33 +9,70 @@ Shapes: O out, I in, G groups per row.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from makeweight.methods.base import Context, Grid, GridStep, Learnables, State
+from makeweight.numerics.gptq import Ranges
 from makeweight.numerics.grid import clipped_grid, grouped, qparams, ranges, to_codes
 from makeweight.numerics.qtensor import QTensor
 
 
-class RangeGrid(Grid):
-    """Quantize every matrix from its own group ranges, times the two factors of `factors`."""
+class GroupedGrid(Grid):
+    """A grid with a scale and a zero-point for every group, which error feedback can round within."""
 
     def __init__(self, context: Context) -> None:
         super().__init__()
         self.context = context
+
+    @abstractmethod
+    def qparams(self, name: str, weight_OI: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the scales, as they are stored, and the integer zero-points of a matrix, both (O, G)."""
+
+    @abstractmethod
+    def group_qparams(self, name: str, weight_OI: Tensor) -> Ranges:
+        """Return what gives a group's scale and zero-point once error feedback has moved its weights."""
+
+    def offset(self, name: str) -> Tensor | None:
+        """Return what is added to a matrix before rounding, in steps (O, I), None for nothing."""
+        return None
+
+    @torch.no_grad()
+    def codes(self, state: State) -> dict[str, QTensor]:  # noqa: D102
+        return {name: self._codes(name, weight) for name, weight in state.items()}
+
+    def _codes(self, name: str, weight_OI: Tensor) -> QTensor:
+        scale_OG, zero_OG = self.qparams(name, weight_OI)
+        weight_OGS = grouped(weight_OI, weight_OI.shape[1] // scale_OG.shape[1])
+        offset_OI = self.offset(name)
+        offset_OGS = None if offset_OI is None else offset_OI.view_as(weight_OGS)
+        codes_OGS = to_codes(weight_OGS, scale_OG, zero_OG, self.context.scheme, offset_OGS)
+        return held(codes_OGS.flatten(1), scale_OG, zero_OG, self.context)
+
+
+def held(codes_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor, context: Context) -> QTensor:
+    """Store codes, scales and zero-points that are still floats."""
+    return QTensor(
+        codes_OI=codes_OI.to(torch.int8),
+        scale_OG=scale_OG.to(context.scale_dtype),
+        zero_OG=None if context.scheme.symmetric else zero_OG.to(torch.int8),
+        scheme=context.scheme,
+    )
+
+
+class RangeGrid(GroupedGrid):
+    """Quantize every matrix from its own group ranges, times the two factors of `factors`."""
 
     def factors(self, name: str, weight_OI: Tensor) -> tuple[Tensor, Tensor]:
         """Return the factors of the low and the high end of each range, both (O, G)."""
         groups = weight_OI.shape[1] // self.context.scheme.group_of(weight_OI.shape[1], name)
         ones_OG = weight_OI.new_ones(weight_OI.shape[0], groups)
         return ones_OG, ones_OG
-
-    def offset(self, name: str) -> Tensor | None:
-        """Return what is added to a matrix before rounding, in steps (O, I), None for nothing."""
-        return None
 
     def forward(self, state: State) -> State:  # noqa: D102
         scheme, given = self.context.scheme, {"scale_dtype": self.context.scale_dtype, "dtype": self.context.dtype}
@@ -44,25 +81,18 @@ class RangeGrid(Grid):
             for name, weight in state.items()
         }
 
-    @torch.no_grad()
-    def codes(self, state: State) -> dict[str, QTensor]:  # noqa: D102
-        return {name: self._codes(name, weight) for name, weight in state.items()}
-
-    def _codes(self, name: str, weight_OI: Tensor) -> QTensor:
-        scheme, scale_dtype = self.context.scheme, self.context.scale_dtype
+    def qparams(self, name: str, weight_OI: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
         low_factor_OG, high_factor_OG = self.factors(name, weight_OI)
         weight_OGS = grouped(weight_OI, weight_OI.shape[1] // low_factor_OG.shape[1])
-        low_OG, high_OG = ranges(weight_OGS)
-        scale_OG, zero_OG = qparams(low_OG * low_factor_OG, high_OG * high_factor_OG, scheme, scale_dtype)
-        offset_OI = self.offset(name)
-        offset_OGS = None if offset_OI is None else offset_OI.view_as(weight_OGS)
-        codes_OGS = to_codes(weight_OGS, scale_OG, zero_OG, scheme, offset_OGS)
-        return QTensor(
-            codes_OI=codes_OGS.flatten(1).to(torch.int8),
-            scale_OG=scale_OG.to(scale_dtype),
-            zero_OG=None if scheme.symmetric else zero_OG.to(torch.int8),
-            scheme=scheme,
-        )
+        return self._qparams(weight_OGS, low_factor_OG, high_factor_OG)
+
+    def group_qparams(self, name: str, weight_OI: Tensor) -> Ranges:  # noqa: D102
+        low_factor_OG, high_factor_OG = self.factors(name, weight_OI)
+        return lambda part_OS, group: self._qparams(part_OS, low_factor_OG[:, group], high_factor_OG[:, group])
+
+    def _qparams(self, part: Tensor, low_factor: Tensor, high_factor: Tensor) -> tuple[Tensor, Tensor]:
+        low, high = ranges(part)
+        return qparams(low * low_factor, high * high_factor, self.context.scheme, self.context.scale_dtype)
 
 
 class ClipGrid(RangeGrid):
@@ -88,6 +118,8 @@ class ClipGrid(RangeGrid):
 @dataclass(frozen=True, kw_only=True)
 class Rtn(GridStep):
     """Round to the nearest point of the full range; learns nothing."""
+
+    learns: ClassVar[bool] = False
 
     def build(self, state: State, context: Context) -> Grid:  # noqa: D102
         return RangeGrid(context)

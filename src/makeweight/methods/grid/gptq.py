@@ -1,8 +1,9 @@
 """GPTQ: rounding with error feedback, alone or after learned maps and ranges.
 
-Learned maps (sde) and ranges (lwc) are learned under plain rounding; GPTQ then rounds the weights that they left,
-within their ranges. What it changes is where each code falls, so a map's work is kept: the weights that meet the grid
-better leave smaller errors to feed back. Under learned rounding (autoround) it would undo what was learned.
+Learned maps (sde), ranges (lwc) and scales (stepsize) are learned under plain rounding, and ranges may be searched
+(mse); GPTQ then rounds the weights that are left, within those ranges and scales. What it changes is where each code
+falls, so a map's work is kept: the weights that meet the grid better leave smaller errors to feed back. Under learned
+rounding (autoround) it would undo what was learned.
 Source: arXiv 2210.17323; the options are those of its reference code, act-order with static groups by default.
 
 Shapes: O out, I in, G groups per row, S inputs per group.
@@ -17,10 +18,9 @@ from torch import Tensor
 
 from makeweight.errors import UserError
 from makeweight.methods.base import Context, Grid, RoundStep, Step
-from makeweight.methods.grid.clip import RangeGrid
+from makeweight.methods.grid.clip import GroupedGrid, held
 from makeweight.methods.grid.rounding import Rounding
 from makeweight.numerics.gptq import feedback_codes
-from makeweight.numerics.grid import qparams, ranges
 from makeweight.numerics.qtensor import QTensor
 from makeweight.numerics.svd import LinAlgError
 
@@ -48,27 +48,13 @@ class Gptq(RoundStep):
     def codes(  # noqa: D102
         self, name: str, weight_OI: Tensor, hessian_II: Tensor, grid: Grid, context: Context
     ) -> tuple[QTensor, dict[str, float]]:
-        assert isinstance(grid, RangeGrid), "every other grid is refused by `conflicts`"
-        scheme = context.scheme
-        low_factor_OG, high_factor_OG = grid.factors(name, weight_OI)
-
-        def of_group(part_OS: Tensor, group: int) -> tuple[Tensor, Tensor]:
-            low_O, high_O = ranges(part_OS)
-            return qparams(
-                low_O * low_factor_OG[:, group], high_O * high_factor_OG[:, group], scheme, context.scale_dtype
-            )
-
-        size = weight_OI.shape[1] // low_factor_OG.shape[1]
+        assert isinstance(grid, GroupedGrid), "every grid of the zoo has groups"
+        group = context.scheme.group_of(weight_OI.shape[1], name)
+        of_group = grid.group_qparams(name, weight_OI)
         try:
             codes_OI, scale_OG, zero_OG, damp = feedback_codes(
-                weight_OI, hessian_II, scheme, size, of_group, act_order=self.act_order, damp=self.damp
+                weight_OI, hessian_II, context.scheme, group, of_group, act_order=self.act_order, damp=self.damp
             )
         except LinAlgError as error:
             raise UserError(f"gptq: {error} for {name}: give more or other calibration text.") from error
-        solved = QTensor(
-            codes_OI=codes_OI.to(torch.int8),
-            scale_OG=scale_OG.to(context.scale_dtype),
-            zero_OG=None if scheme.symmetric else zero_OG.to(torch.int8),
-            scheme=scheme,
-        )
-        return solved, {} if damp == self.damp else {f"damp.{name}": damp}
+        return held(codes_OI, scale_OG, zero_OG, context), {} if damp == self.damp else {f"damp.{name}": damp}

@@ -1,0 +1,1 @@
+"""What changes a block as a whole and leaves its function as it is."""

@@ -1,0 +1,86 @@
+"""The grid whose scales and zero-points are given, or learned, and do not follow the weights.
+
+Shapes: O out, I in, G groups per row, S inputs per group (I = G * S).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from makeweight.numerics.grid import grouped, scale_slope, to_codes
+from makeweight.numerics.scheme import Scheme
+
+
+def stored(scale_OG: Tensor, zero_OG: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Round scales to values above zero that `scale_dtype` holds, and zero-points to codes; dtypes stay.
+
+    What `qparams` gives is left as it is.
+    """
+    info = torch.finfo(scale_dtype)
+    held_OG = scale_OG.clamp(info.smallest_normal * info.eps, info.max).to(scale_dtype).to(scale_OG.dtype)
+    return held_OG, zero_OG.clamp(scheme.qmin, scheme.qmax).round()
+
+
+class _SteppedGrid(torch.autograd.Function):
+    """Fake quantization with its gradient in closed form; codes and masks are recomputed in backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weight_OI: Tensor,
+        scale_OG: Tensor,
+        zero_OG: Tensor,
+        scheme: Scheme,
+        scale_dtype: torch.dtype,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        scale_OG, zero_OG = stored(scale_OG, zero_OG, scheme, scale_dtype)
+        codes_OGS = to_codes(_view(weight_OI, scale_OG), scale_OG, zero_OG, scheme)
+        ctx.save_for_backward(weight_OI, scale_OG, zero_OG)
+        ctx.scheme = scheme
+        codes_OGS.sub_(zero_OG.unsqueeze(-1)).mul_(scale_OG.unsqueeze(-1))
+        return codes_OGS.flatten(1).to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        weight_OI, scale_OG, zero_OG = ctx.saved_tensors
+        grad_OGS = _view(grads[0].to(weight_OI.dtype), scale_OG)
+        slope_OGS, inside_OGS = scale_slope(_view(weight_OI, scale_OG), scale_OG, zero_OG, ctx.scheme, None)
+        grad_weight = grad_scale = grad_zero = None
+        if ctx.needs_input_grad[1]:
+            grad_scale = slope_OGS.mul_(grad_OGS).sum(-1)
+        if ctx.needs_input_grad[2]:
+            # Summed over what is clipped alone: AdamW would follow the noise of a difference of sums.
+            outside_OGS = torch.sub(1, inside_OGS, out=slope_OGS)
+            grad_zero = outside_OGS.mul_(grad_OGS).sum(-1).mul_(scale_OG).neg_()
+        if ctx.needs_input_grad[0]:
+            grad_weight = inside_OGS.mul_(grad_OGS).flatten(1)
+        return grad_weight, grad_scale, grad_zero, None, None, None
+
+
+def _view(weight_OI: Tensor, scale_OG: Tensor) -> Tensor:
+    return grouped(weight_OI, weight_OI.shape[1] // scale_OG.shape[1])
+
+
+def stepped_grid(
+    weight_OI: Tensor,
+    scale_OG: Tensor,
+    zero_OG: Tensor,
+    scheme: Scheme,
+    *,
+    scale_dtype: torch.dtype,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Fake-quantize a matrix with scales and zero-points in steps, both floats, shape (O, I) in `dtype`.
+
+    Both are rounded as `stored` does. All rounding is straight-through: inside the range the scale gets the rounding
+    residual (code - zero) - w / scale, the weight one and the zero-point nothing; outside the scale gets the end
+    (code - zero), the weight nothing and the zero-point -scale (LSQ, arXiv 1902.08153, section 2.1; with a learned
+    zero-point EfficientQAT, arXiv 2407.11062, section 3.2).
+    """
+    return _SteppedGrid.apply(  # pyright: ignore[reportReturnType]
+        weight_OI, scale_OG, zero_OG, scheme, scale_dtype, dtype
+    )

@@ -1,0 +1,86 @@
+"""What enters the linears of a block: which of them read the same tensor, and the second moments of what they read.
+
+Shapes: N samples, B batch, T tokens, D hidden, I inputs of a linear.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from makeweight.sweep.block import Block
+
+
+@dataclass
+class Moments:
+    """The second moments of what a block's linears read, found in one pass once the first is asked for."""
+
+    block: Block
+    weights: Mapping[str, Tensor]
+    hidden_NTD: Tensor
+    batch_size: int
+    device: torch.device
+    found: dict[str, Tensor] = field(default_factory=dict)
+
+    def moment(self, name: str) -> Tensor:
+        """Return the mean over tokens of x x^T for the inputs x of a linear, (I, I) fp32."""
+        if not self.found:
+            self.gather(shared_inputs(self.block, self.hidden_NTD[:1].to(self.device)))
+        return self.found[name]
+
+    @torch.no_grad()
+    def gather(self, groups: Sequence[Sequence[str]]) -> None:
+        """Find the moments of groups of linears, each of which reads one tensor."""
+        sums: dict[str, Tensor] = {}
+
+        def add(name: str, given: Tensor) -> None:
+            rows = given.reshape(-1, given.shape[-1]).float()
+            if name not in sums:
+                sums[name] = torch.zeros(rows.shape[1], rows.shape[1], device=rows.device)
+            sums[name].addmm_(rows.T, rows)
+
+        with _on_inputs(self.block, [names[0] for names in groups], add):
+            for part_BTD in self.hidden_NTD.split(self.batch_size):
+                self.block(part_BTD.to(self.device), self.weights)
+        tokens = self.hidden_NTD.shape[0] * self.hidden_NTD.shape[1]
+        for names in groups:
+            self.found |= dict.fromkeys(names, sums[names[0]] / tokens)
+
+
+@torch.no_grad()
+def shared_inputs(block: Block, hidden_BTD: Tensor) -> list[list[str]]:
+    """Return the linears in the order in which they are called, those that read the same tensor together."""
+    seen: list[tuple[Tensor, list[str]]] = []
+
+    def note(name: str, given: Tensor) -> None:
+        for tensor, names in seen:
+            if tensor is given:
+                names.append(name)
+                return
+        seen.append((given, [name]))
+
+    with _on_inputs(block, block.linears, note):
+        block(hidden_BTD)
+    return [names for _, names in seen]
+
+
+@contextmanager
+def _on_inputs(block: Block, names: Sequence[str], act: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Call `act` with the name and the input of each of these linears whenever it is called."""
+
+    def watch(name: str) -> torch.utils.hooks.RemovableHandle:
+        def hook(_: nn.Module, given: tuple[Tensor, ...]) -> None:
+            act(name, given[0])
+
+        return block.module.get_submodule(name).register_forward_pre_hook(hook)
+
+    handles = [watch(name) for name in names]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

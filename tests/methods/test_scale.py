@@ -1,0 +1,136 @@
+"""Equivalent scaling: the block stays what it is, whatever the scales; what is searched with inputs loses less."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from makeweight.methods.base import BlockStep, Params
+from makeweight.methods.block.scale import Let, Scale, into_down, relative_error, search
+from makeweight.methods.grid.clip import Rtn
+from makeweight.methods.grid.search import InputClip
+from makeweight.methods.weight.sde import Sde
+from makeweight.models.registry import spec_for
+from makeweight.models.rescale import per_reader
+from makeweight.numerics.errors import token_error
+from makeweight.sweep.chain import Chain, Steps, join
+from makeweight.sweep.inputs import Moments
+from tests.sweep.problem import CPU, Problem, problem
+from tests.tiny import FAMILIES, tiny_model
+
+WITH_EDGES = [family for family in FAMILIES if family != "gpt-neox"]
+
+
+def case_of(family: str, **options: object) -> Problem:
+    case, model = problem(family, **options), tiny_model(family)  # pyright: ignore[reportArgumentType]
+    return replace(case, context=replace(case.context, spec=spec_for(model.config, model), config=model.config))
+
+
+def inputs_of(case: Problem, params: Params) -> Moments:
+    return Moments(case.blocks[0], params, case.hidden_NTD, 4, CPU)
+
+
+def chain_of(case: Problem, *exact: BlockStep, maps: tuple[Sde, ...] = ()) -> Chain:
+    block, steps = case.blocks[0], Steps(exact=exact, maps=maps, grid=Rtn())
+    return Chain.build(
+        block.state(), steps, case.context, rest=block.rest(), inputs=lambda params: inputs_of(case, params)
+    )
+
+
+def output(case: Problem, params: dict[str, Tensor] | None = None) -> Tensor:
+    with torch.no_grad():
+        return case.blocks[0](case.hidden_NTD, params)
+
+
+def loss(case: Problem, params: dict[str, Tensor]) -> float:
+    return float(token_error(output(case, params), output(case)))
+
+
+@pytest.mark.parametrize("family", WITH_EDGES)
+@pytest.mark.parametrize("step", [Let(down=True), Scale()], ids=["let", "scale"])
+def test_scales_leave_the_block_as_it_is(family: str, step: BlockStep) -> None:
+    case = case_of(family)
+    chain = chain_of(case, step)
+    with torch.no_grad():
+        for group in chain.learnables():
+            for parameter in group.params:
+                parameter.normal_(std=0.5)
+        moved = join(*chain.moved())
+    changed = [name for name, tensor in join(case.blocks[0].state(), case.blocks[0].rest()).items()
+               if not torch.equal(tensor, moved[name])]  # fmt: skip
+    assert changed, "nothing was scaled"
+    torch.testing.assert_close(output(case, moved), output(case), rtol=2e-4, atol=2e-4)
+
+
+def test_let_is_the_identity_before_learning() -> None:
+    case = case_of("llama")
+    with_scales, without = chain_of(case, Let(down=True)), chain_of(case)
+    for name, tensor in with_scales().items():
+        assert torch.equal(tensor, {**without(), **case.blocks[0].rest()}[name])
+
+
+def test_let_learns() -> None:
+    case = case_of("llama")
+    chain = chain_of(case, Let(rate=2e-2), maps=(Sde(band=2),))
+    report = case.fit(chain, steps=24).run()
+    assert report.error_after < 0.95 * report.error_before
+    let = next(group for group in chain.learnables() if group.name == "let")
+    assert max(parameter.detach().abs().max() for parameter in let.params) > 0.01
+
+
+def test_only_the_last_linear_of_the_mlp_is_left_out() -> None:
+    for family in ("llama", "opt", "phi3", "gemma2"):
+        spec = spec_for(tiny_model(family).config)
+        left = [edge.dst[0].rpartition(".")[2] for edge in spec.edges if into_down(spec, edge)]
+        assert left in (["down_proj"], ["fc2"])
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "opt"])
+def test_searched_scales_never_lose_more_at_the_readers(family: str) -> None:
+    case = case_of(family)
+    block = case.blocks[0]
+    params = join(block.state(), block.rest())
+    inputs, spec = inputs_of(case, params), case.context.spec
+    assert spec is not None
+    for edge in spec.edges:
+        scale_C = search(params, case.context, spec, edge, inputs)
+        assert scale_C.min() > 0
+        columns_I = per_reader(scale_C, spec, case.context.config, edge)
+
+        def error(factors: Tensor, readers: tuple[str, ...] = edge.dst) -> float:
+            weights = {name: params[f"{name}.weight"] for name in readers}
+            return sum(relative_error(w, factors, inputs.moment(name), case.context) for name, w in weights.items())
+
+        assert error(columns_I) <= error(torch.ones(1))
+
+
+def test_inputs_with_a_few_large_channels_are_what_scales_are_for() -> None:
+    case = case_of("llama", samples=24)
+    norm = case.blocks[0].module.get_submodule("input_layernorm")
+    with torch.no_grad():
+        norm.weight[:4] *= 30  # pyright: ignore[reportIndexIssue, reportOperatorIssue]
+    plain, scaled = chain_of(case), chain_of(case, Scale())
+    assert loss(case, scaled()) < 0.8 * loss(case, plain())
+
+
+@pytest.mark.parametrize("scheme", ["W3A16g16", "W2A16", "W3A16g16_sym"])
+def test_clip_costs_each_output_less_than_the_full_range(scheme: str) -> None:
+    case = case_of("llama", samples=24, scheme=scheme)
+    block = case.blocks[0]
+    state, inputs = block.state(), inputs_of(case, join(block.state(), block.rest()))
+    seen = replace(case.context, inputs=inputs)
+    clipped, plain = InputClip().build(state, seen)(state), Rtn().build(state, seen)(state)
+
+    def cost(found: dict[str, Tensor], name: str) -> float:
+        """The error of a linear's output, from each group of inputs alone."""
+        delta_OI, moment_II = found[name] - state[name], inputs.moment(name)
+        size = case.context.scheme.group_of(state[name].shape[1], name)
+        groups = range(0, delta_OI.shape[1], size)
+        parts = [(delta_OI[:, i : i + size], moment_II[i : i + size, i : i + size]) for i in groups]
+        return float(sum(((delta @ moment) * delta).sum() for delta, moment in parts))
+
+    assert all(cost(clipped, name) <= cost(plain, name) * (1 + 1e-5) for name in state)
+    assert sum(cost(clipped, name) for name in state) < 0.95 * sum(cost(plain, name) for name in state)
