@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from makeweight.errors import UserError
+from makeweight.methods.base import FinetuneStep
 from makeweight.numerics.flops import block_flops, matmul_rate, step_flops
 from makeweight.plan import Plan
 from makeweight.recipe import Recipe
+from makeweight.sweep.finetune import LOGIT_BYTES
 
 if TYPE_CHECKING:
     from makeweight.models.checkpoint import Checkpoint
@@ -64,6 +66,11 @@ def estimate(plan: Plan, recipe: Recipe, ckpt: Checkpoint, blocks: range, device
         memory += _learning(plan, recipe, ckpt, largest)
         rate = matmul_rate(device) * EFFICIENCY
         seconds += sum(_block_work(plan, recipe, ckpt, shapes[index]) for index in blocks) / rate
+        if plan.finetune is not None:
+            memory = max(
+                memory, BASE_BYTES + _resident(ckpt) + _finetuning(plan.finetune, recipe, ckpt, shapes, blocks)
+            )
+            seconds += _finetune_work(plan.finetune, recipe, ckpt, shapes) / rate
     return Estimate(seconds=seconds, memory_bytes=memory, disk_bytes=disk, blocks=len(blocks))
 
 
@@ -96,6 +103,33 @@ def _learning(plan: Plan, recipe: Recipe, ckpt: Checkpoint, shapes: Sequence[tup
     products = 0 if plan.rounding is None else 4 * 4 * max(columns for _, columns in shapes) ** 2
     activations = 34 * tune.batch_size * calib.seqlen * config.hidden_size * 2 * (1 + ahead)
     return streams + (1 + ahead) * weights * 2 + chain + products + activations
+
+
+def _finetuning(
+    step: FinetuneStep, recipe: Recipe, ckpt: Checkpoint, shapes: dict[int, list[tuple[int, int]]], blocks: range
+) -> float:
+    """Return bytes of all codes, their scales as they are learned, two streams, and what the backward pass keeps."""
+    config, calib = ckpt.config.get_text_config(), recipe.calib
+    memory = 0.0
+    for index, found in shapes.items():
+        weights = sum(math.prod(shape) for shape in found)
+        group = recipe.scheme.group_size if recipe.scheme.group_size > 0 else found[0][1]
+        memory += weights * (1 + 24 / group) if index in blocks else 2 * weights
+    memory += 2 * calib.nsamples * calib.seqlen * config.hidden_size * 2
+    memory += (len(shapes) + 34) * step.batch_size * calib.seqlen * config.hidden_size * 2
+    largest = max(sum(math.prod(shape) for shape in found) for found in shapes.values())
+    return memory + 4 * 6 * largest + 6 * LOGIT_BYTES
+
+
+def _finetune_work(
+    step: FinetuneStep, recipe: Recipe, ckpt: Checkpoint, shapes: dict[int, list[tuple[int, int]]]
+) -> float:
+    """Return operations: a forward pass, one more to recompute it, the backward pass, and the head's products."""
+    config, calib = ckpt.config.get_text_config(), recipe.calib
+    tokens = step.batch_size * calib.seqlen
+    blocks = sum(block_flops(found, config.hidden_size, step.batch_size, calib.seqlen) for found in shapes.values())
+    head = 2 * tokens * config.hidden_size * config.vocab_size
+    return step.steps * (4 / 3 * blocks + 5 * head)
 
 
 def _block_work(plan: Plan, recipe: Recipe, ckpt: Checkpoint, shapes: Sequence[tuple[int, int]]) -> float:

@@ -7,7 +7,6 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +21,9 @@ from makeweight.evals.perplexity import Perplexity, evaluate
 from makeweight.export import compressed_tensors
 from makeweight.export.base import Facts
 from makeweight.export.folder import OWN, Folder
-from makeweight.export.manifest import tensor_hash
 from makeweight.export.run import check as check_formats
 from makeweight.export.run import export
 from makeweight.methods.base import Context
-from makeweight.models import packed
 from makeweight.models.checkpoint import Checkpoint
 from makeweight.models.load import open_checkpoint
 from makeweight.numerics.memory import keep_freed_memory, peak_memory, reset_peak_memory
@@ -34,8 +31,13 @@ from makeweight.plan import Plan, check, compose
 from makeweight.recipe import Recipe
 from makeweight.report import progress
 from makeweight.report.record import FILE, Cost, Record, recipe_data
+from makeweight.store import Store
 from makeweight.sweep.chain import Steps
+from makeweight.sweep.finetune import Finetune
 from makeweight.sweep.run import Committed, Solver, Sweep
+
+STATE, LEARNED = "finetune-state.scratch", "finetuned.scratch"
+"""How far learning of the whole network has come, and what it ended as."""
 
 
 def quantize(recipe: Recipe) -> Record:
@@ -51,6 +53,7 @@ def quantize(recipe: Recipe) -> Record:
     if not folder.done:
         print(job.estimate.sentence(), file=sys.stderr)
         job.solve(folder)
+        job.finetune(folder)
         files = [file for file in job.ckpt.side_files() if file.name not in OWN]
         folder.finish(job.config(), files, {"recipe.json": recipe.to_json()})
     elif folder.sealed:
@@ -152,29 +155,33 @@ class Job:
             ),
         )
 
+    def store(self, folder: Folder) -> Store:
+        """Return the blocks that a folder holds of this run."""
+        dtype = getattr(torch, self.recipe.tune.dtype)
+        return Store(ckpt=self.ckpt, folder=folder, scheme=self.recipe.scheme, dtype=dtype)
+
     def solve(self, folder: Folder) -> None:
         """Write every shard that is missing."""
         if folder.report(0) is None:
             folder.write(0, dict(self.ckpt.rest()), {})
-        solver = self.solver()
+        solver, store = self.solver(), self.store(folder)
         sweep = None
         if self.tokens_NT is not None and any(folder.report(i + 1) is None for i in self.blocks):
             sweep = Sweep(self.ckpt, solver, self.tokens_NT, self.device)
         steps = self.recipe.tune.steps if sweep and self.plan.learns else 0
         with progress.bars(self.ckpt.n_blocks, steps) as bars:
             for index in range(self.ckpt.n_blocks):
-                done = folder.report(index + 1)
+                done = folder.report(index + 1) is not None
                 if index not in self.blocks:
-                    if done is None:
-                        folder.write(index + 1, self._stored(index), {})
+                    if not done:
+                        store.keep(index)
                     if sweep and index < self.blocks.stop:
                         sweep.pass_on(index, None)
-                elif done is not None:
+                elif done:
                     if sweep:
-                        sweep.pass_on(index, self._decode(folder.read(index + 1), index))
+                        sweep.pass_on(index, store.weights(index))
                 else:
-                    committed = sweep.solve(index, bars.step) if sweep else self._round(solver, index)
-                    self._commit(folder, index, committed)
+                    store.commit(index, sweep.solve(index, bars.step) if sweep else self._round(solver, index))
                 bars.block()
 
     def _round(self, solver: Solver, index: int) -> Committed:
@@ -184,40 +191,30 @@ class Job:
         codes = solver.round(linears)
         return Committed(codes=codes, rest={}, report={"seconds": time.perf_counter() - start})
 
-    def _stored(self, index: int) -> dict[str, torch.Tensor]:
-        """Return a block's tensors under their names in the file, bit for bit."""
-        names = self.ckpt.block_names(index)
-        return {names[name]: tensor for name, tensor in self.ckpt.block_state(index).items()}
+    def finetune(self, folder: Folder) -> None:
+        """Learn what the method learns of the whole network, once; where a run dies, a few steps are lost.
 
-    def _commit(self, folder: Folder, index: int, committed: Committed) -> None:
-        """Write a block's shard, once what is read back from it decodes to what was solved."""
-        names, tensors, codes = self.ckpt.block_names(index), self._stored(index), committed.codes
-        tensors |= {names[name]: tensor.cpu() for name, tensor in committed.rest.items()}
-        for name, tensor in codes.items():
-            stored = names[f"{name}.weight"]
-            del tensors[stored]
-            tensors |= compressed_tensors.pack(stored.removesuffix(".weight"), tensor)
-
-        def verify(written: Mapping[str, torch.Tensor]) -> None:
-            weights = self._decode(written, index)
-            for name, tensor in codes.items():
-                if not torch.equal(weights[name], tensor.dequantize(weights[name].dtype).cpu()):
-                    raise RuntimeError(f"{name} of block {index} reads back differently in {folder.path}")
-
-        digest = {name: tensor.digest() for name, tensor in codes.items()}
-        digest |= {name: tensor_hash(tensor) for name, tensor in committed.rest.items()}
-        bits = {name: [tensor.bits_per_weight(), tensor.codes_OI.numel()] for name, tensor in codes.items()}
-        folder.write(index + 1, tensors, {**committed.report, "digest": digest, "bits": bits}, verify)
-
-    def _decode(self, tensors: Mapping[str, torch.Tensor], index: int) -> dict[str, torch.Tensor]:
-        """Return what a block's shard stands for, by name of a linear or of a parameter, in the forward's dtype."""
-        names, dtype = self.ckpt.block_names(index), getattr(torch, self.recipe.tune.dtype)
-        weights = {name: tensors[stored].to(dtype) for name, stored in names.items() if stored in tensors}
-        for name in self.ckpt.linears():
-            linear = names[f"{name}.weight"].removesuffix(".weight")
-            parts = {part: tensors[f"{linear}.{part}"] for part in packed.PARTS if f"{linear}.{part}" in tensors}
-            weights[name] = packed.decode(parts, (self.recipe.scheme.bits,), linear).to(dtype)
-        return weights
+        What was learned is written as a whole before any shard changes, and goes into each shard from there.
+        """
+        step, start, store = self.plan.finetune, time.perf_counter(), self.store(folder)
+        if step is None or self.tokens_NT is None or folder.finetuned is not None:
+            return
+        if (learned := folder.scratch(LEARNED)) is None:
+            solved, context = {index: store.solved(index) for index in self.blocks}, self.solver().context
+            tuner = Finetune(
+                self.ckpt, step, solved, self.tokens_NT, context, device=self.device, seed=self.recipe.seed
+            )
+            if (state := folder.scratch(STATE)) is not None:
+                tuner.restore(state)
+            with progress.bar("learning the whole network") as tick:
+                report = tuner.run(lambda state: folder.set_aside(STATE, state), tick)
+            learned = {**tuner.freeze(), "report": torch.tensor(list(report.values()), dtype=torch.float64)}
+            folder.set_aside(LEARNED, learned)
+        for index in self.blocks:
+            store.refine(index, learned)
+        before, after, best_step = learned["report"].tolist()
+        seconds = time.perf_counter() - start
+        folder.finish_tuning({"before": before, "after": after, "best_step": best_step, "seconds": seconds})
 
     def config(self) -> dict[str, Any]:
         """Return config.json: the model's own, with the quantization described."""
@@ -247,10 +244,11 @@ class Job:
             perplexities=perplexities,
             baselines=baselines,
             blocks=reports,
+            finetune=folder.finetuned or {},
             exports=exports,
             machine=machine(self.device),
             cost=Cost(
-                solve_seconds=sum(report["seconds"] for report in reports),
+                solve_seconds=sum(report["seconds"] for report in (*reports, folder.finetuned or {"seconds": 0.0})),
                 evaluate_seconds=time.perf_counter() - start,
                 peak_memory_bytes=peak_memory(),
                 peak_gpu_bytes=torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0,

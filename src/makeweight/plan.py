@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from makeweight.errors import UserError, did_you_mean
-from makeweight.methods.base import BlockStep, GridStep, LossStep, MapStep, RoundStep, Step
+from makeweight.methods.base import BlockStep, FinetuneStep, GridStep, LossStep, MapStep, RoundStep, Step
 from makeweight.methods.grid.clip import Rtn
 from makeweight.methods.loss.cross_layer import Mse
 from makeweight.methods.presets import COMPOSED, zoo
@@ -30,11 +30,13 @@ class Plan:
     exact: tuple[BlockStep, ...] = ()
     loss: LossStep
     rounding: RoundStep | None = None
+    finetune: FinetuneStep | None = None
 
     @property
     def steps(self) -> tuple[Step, ...]:
         """All steps but the loss."""
-        return (*self.exact, *self.maps, self.grid, *((self.rounding,) if self.rounding else ()))
+        optional = (self.rounding, self.finetune)
+        return (*self.exact, *self.maps, self.grid, *(step for step in optional if step is not None))
 
     @property
     def learns(self) -> bool:
@@ -122,6 +124,7 @@ def _plan(method: str, steps: Mapping[str, Step]) -> Plan:
         grid=next(iter(grids.values()), Rtn()),
         loss=next(iter(losses.values()), Mse()),
         rounding=next(iter(roundings.values()), None),
+        finetune=next((step for step in steps.values() if isinstance(step, FinetuneStep)), None),
     )
     if losses and not plan.learns:
         raise UserError(

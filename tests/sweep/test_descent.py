@@ -27,7 +27,7 @@ def a_chain(steps: int = STEPS) -> Chain:
 
 def test_signs_fall_in_a_straight_line_and_adam_along_a_cosine() -> None:
     chain = a_chain()
-    descent = Descent(chain, STEPS)
+    descent = Descent(chain.learnables(), STEPS)
     (band, *_), (offset, *_) = (group.params for group in chain.learnables())
     unit = next(group.rate * group.unit for group in chain.learnables())
     for number in range(1, STEPS + 1):
@@ -46,7 +46,7 @@ def test_signs_fall_in_a_straight_line_and_adam_along_a_cosine() -> None:
 
 def test_a_share_of_the_rate_and_what_has_no_gradient() -> None:
     chain = a_chain()
-    descent = Descent(chain, STEPS)
+    descent = Descent(chain.learnables(), STEPS)
     _, (offset, low, *_) = (group.params for group in chain.learnables())
     before = low.detach().clone()
     offset.grad = torch.ones_like(offset)

@@ -89,9 +89,10 @@ def capture(
     return Captured(hidden_NTD, kwargs)
 
 
-@torch.no_grad()
 def finish(model: nn.Module, blocks_path: str, hidden_BTD: Tensor) -> Tensor:
-    """Apply what a causal LM does after its last block (norm, head, soft-capping): logits [B, T, V].
+    """Apply what a causal LM does after its last block (norm, head, soft-capping), under the caller's grad mode.
+
+    Returns logits [B, T, V].
 
     The model does it itself, with stand-ins that answer `hidden_BTD` in place of its blocks; nothing there mixes
     tokens, so a stretch of a sequence may be given alone.

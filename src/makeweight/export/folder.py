@@ -120,6 +120,31 @@ class Folder:
         self._write_json("config.json", config)
         self._write_json(MARKER, {**(self.marker() or {}), "done": True})
 
+    @property
+    def finetuned(self) -> dict[str, float] | None:
+        """What learning of the whole network reported, None before it is in every shard."""
+        return (self.marker() or {}).get("finetuned")
+
+    def scratch(self, name: str) -> dict[str, Tensor] | None:
+        """Return tensors that were set aside, or None."""
+        from safetensors.torch import load_file
+
+        return load_file(self.path / name) if (self.path / name).is_file() else None
+
+    def set_aside(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Keep tensors under a name until tuning is finished; the file appears whole or not at all."""
+        from safetensors.torch import save_file
+
+        part = self.path / f"{name}.part"
+        save_file({key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, part)
+        _settle(part, self.path / name)
+
+    def finish_tuning(self, report: Mapping[str, float]) -> None:
+        """Note that every shard holds what was learned, and drop what was set aside."""
+        self._write_json(MARKER, {**(self.marker() or {}), "finetuned": dict(report)})
+        for file in self.path.glob("*.scratch*"):
+            file.unlink()
+
     def unseal(self) -> None:
         """Take the manifest away before the folder changes: without it, the same command finishes the change."""
         (self.path / manifest.NAME).unlink(missing_ok=True)

@@ -32,6 +32,7 @@ class Stage(IntEnum):
     GRID = 3
     ROUND = 4
     LOSS = 5
+    FINETUNE = 6
 
 
 class Inputs(Protocol):
@@ -110,6 +111,29 @@ class Grid(Map):
     @abstractmethod
     def codes(self, state: State) -> dict[str, QTensor]:
         """Return the integer codes whose dequantization equals `forward(state)` bit for bit."""
+
+
+class Refinement(nn.Module, ABC):
+    """One block that is on its grid, and what may still be learned in it."""
+
+    @abstractmethod
+    def forward(self) -> dict[str, Tensor]:
+        """Return what the block is run with, by name of a linear or of a parameter, in the forward's dtype."""
+
+    @abstractmethod
+    def learnables(self) -> Iterator[Learnables]:
+        """Yield what the optimiser may move."""
+
+    def constrain(self) -> None:
+        """Pull the learnables back into their allowed set; called without gradient after every optimiser step."""
+
+    @abstractmethod
+    def freeze(self) -> dict[str, QTensor]:
+        """Return the codes of the linears, which dequantize to what `forward` gives bit for bit."""
+
+    def learned_rest(self) -> Params:
+        """Return the other parameters that are learned, as they are stored."""
+        return {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,6 +216,21 @@ class LossStep(Step):
     @abstractmethod
     def weights(self) -> tuple[float, ...]:
         """Return the weight of the error after the block itself and after each block that follows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneStep(Step):
+    """A step that learns once all blocks are on their grid, by what the whole network gives."""
+
+    stage: ClassVar[Stage] = Stage.FINETUNE
+    learns: ClassVar[bool] = False
+    reads_inputs: ClassVar[bool] = True
+    steps: int = 100
+    batch_size: int = 4
+
+    @abstractmethod
+    def build(self, codes: Mapping[str, QTensor], rest: Params, context: Context) -> Refinement:
+        """Build what is learned in one block from its codes and its other parameters, at the identity."""
 
 
 @dataclass(frozen=True, kw_only=True)

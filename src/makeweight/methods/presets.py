@@ -9,6 +9,7 @@ from importlib.metadata import entry_points
 from makeweight.errors import UserError
 from makeweight.methods.base import Method
 from makeweight.methods.block.scale import Let, Scale
+from makeweight.methods.finetune.e2e import E2e
 from makeweight.methods.grid.clip import Lwc, Rtn
 from makeweight.methods.grid.gptq import Gptq
 from makeweight.methods.grid.rounding import Rounding
@@ -67,6 +68,9 @@ PRESETS: dict[str, Method] = {
     ),
     "sde": Method(step=Sde(), summary="learnable band around the singular-value core", source="arXiv 2407.15508"),
     "cl": Method(step=CrossLayer(), summary="judge a block's error one block later as well", source="arXiv 2407.15508"),
+    "e2e": Method(
+        step=E2e(), summary="learnable scales and norms of the whole network", source="arXiv 2407.11062 (EfficientQAT)"
+    ),
 }
 
 

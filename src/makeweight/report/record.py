@@ -42,6 +42,7 @@ class Record:
     blocks: tuple[Mapping[str, Any], ...]
     cost: Cost
     exports: tuple[Mapping[str, Any], ...] = ()
+    finetune: Mapping[str, float] = field(default_factory=dict)
     machine: Mapping[str, str] = field(default_factory=dict)
 
     @property

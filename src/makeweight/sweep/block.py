@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -45,6 +46,11 @@ class Block:
         """Replace weights, by name of a linear or of a parameter, for good."""
         named = {name: weight.detach() for name, weight in self._named(weights).items()}
         self.module.load_state_dict(named, strict=False, assign=True)
+
+    def drop(self, names: Iterable[str]) -> None:
+        """Let go of weights that something else stands for; the block then runs with weights given only."""
+        for name in names:
+            self.module.get_submodule(name).weight = nn.Parameter(torch.empty(0), requires_grad=False)
 
     def _named(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Name every weight as the parameter that it replaces."""

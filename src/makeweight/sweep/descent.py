@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 
 import torch
 
-from makeweight.sweep.chain import Chain
+from makeweight.methods.base import Learnables
 
 FINAL_RATE = 0.05
 """Share of the learning rate that the cosine schedule ends with."""
 
 
 class Descent:
-    """Steps everything that a chain learns, each group by its own rule; a new one begins without memory."""
+    """Steps all learnables, each group by its own rule; a new one begins without memory."""
 
-    def __init__(self, chain: Chain, steps: int) -> None:
+    def __init__(self, learnables: Iterable[Learnables], steps: int) -> None:
         self.steps = steps
         groups = {"adam": [], "sign": []}
-        for group in chain.learnables():
+        for group in learnables:
             rate = group.rate * group.unit
             groups[group.descent].append({"params": list(group.params), "lr": rate, "base_rate": rate})
         self.parts: list[tuple[torch.optim.Optimizer, bool]] = []
@@ -42,11 +43,31 @@ class Descent:
                 group["lr"] = group["base_rate"] * fall * share
             optimizer.step()
 
+    def state(self) -> dict[str, torch.Tensor]:
+        """Return the moments, by optimiser, position of the parameter and name."""
+        return {
+            f"{place}.{position}.{name}": value
+            for place, (optimizer, _) in enumerate(self.parts)
+            for position, parameter in enumerate(_params(optimizer))
+            for name, value in optimizer.state[parameter].items()
+        }
+
+    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Take moments that `state` gave."""
+        for key, value in state.items():
+            place, position, name = key.split(".", 2)
+            optimizer = self.parts[int(place)][0]
+            optimizer.state[_params(optimizer)[int(position)]][name] = value.clone()
+
     def _cosine(self, number: int) -> float:
         return FINAL_RATE + (1 - FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * (number - 1) / self.steps))
 
     def _straight(self, number: int) -> float:
         return 1 - (number - 1) / self.steps
+
+
+def _params(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 class Sign(torch.optim.Optimizer):

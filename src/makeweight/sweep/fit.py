@@ -85,7 +85,7 @@ class Fit:
         if not self.steps or not list(self.chain.learnables()):
             return FitReport(error_before=start, error_after=start, best_step=0, halvings=0)
         kept, best_step, rate, halvings, step = self._snapshot(), 0, 1.0, 0, 0
-        descent = Descent(self.chain, self.steps)
+        descent = Descent(self.chain.learnables(), self.steps)
         while step < self.steps:
             step += 1
             finite = self._step(descent, step, rate)
@@ -98,7 +98,7 @@ class Fit:
                 halvings, rate = halvings + 1, rate / 2
                 self._give_up(halvings, step, rate)
                 self.chain.load_state_dict(kept)
-                descent = Descent(self.chain, self.steps)
+                descent = Descent(self.chain.learnables(), self.steps)
             if self.tick is not None:
                 self.tick()
         self.chain.load_state_dict(kept)

@@ -1,0 +1,1 @@
+"""What is learned once every block is on its grid."""

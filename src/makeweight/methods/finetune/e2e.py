@@ -1,0 +1,95 @@
+"""End-to-end training of the scales (E2E-QP): codes and zero-points stay, every scale of the network is learned.
+
+The loss is that of the whole network, so that scales make up for what block-wise learning could not see. Nothing is
+added to the result: scales are stored anyway. `norms` learns the norms' weights as well, which are stored at 16 bits.
+Source: arXiv 2407.11062 (EfficientQAT, section 3.3). Learning a factor of each scale, and the distance to the
+original's predictions instead of the text's next token, are ours: a few hundred sequences teach no language.
+
+Shapes: O out, I in, G groups per row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from makeweight.methods.base import Context, FinetuneStep, Learnables, Params, Refinement
+from makeweight.numerics.grid import from_codes, grouped
+from makeweight.numerics.qtensor import QTensor
+from makeweight.numerics.stepgrid import stored
+
+LEAST = 0.01
+"""The smallest share of its first scale that a scale can shrink to."""
+
+
+class Scales(Refinement):
+    """Every scale of a block times a learned factor, and its norms where they are learned."""
+
+    def __init__(self, codes: Mapping[str, QTensor], rest: Params, context: Context, step: E2e) -> None:
+        super().__init__()
+        self.codes, self.context, self.step = dict(codes), context, step
+        self.names = {name: name.replace(".", "-") for name in (*codes, *rest)}
+        self.factors = nn.ParameterDict(
+            {self.names[name]: torch.ones_like(held.scale_OG, dtype=torch.float32) for name, held in codes.items()}
+        )
+        self.rest = rest
+        self.learned = tuple(name for name in rest if step.norms and "norm" in name)
+        self.norms = nn.ParameterDict({self.names[name]: rest[name].float() for name in self.learned})
+
+    def scales(self, name: str) -> Tensor:
+        """Return a matrix's scales as they are stored, (O, G) fp32; gradients pass."""
+        held = self.codes[name]
+        scale_OG = held.scale_OG.float() * self.factors[self.names[name]]
+        with torch.no_grad():
+            rounded_OG = stored(scale_OG, scale_OG, held.scheme, held.scale_OG.dtype)[0]
+        return scale_OG + (rounded_OG - scale_OG).detach()
+
+    def forward(self) -> dict[str, Tensor]:  # noqa: D102
+        weights = {name: self._weight(name) for name in self.codes}
+        rest = {**self.rest, **{name: self.norms[self.names[name]] for name in self.learned}}
+        return {**weights, **{name: tensor.to(self.context.dtype) for name, tensor in rest.items()}}
+
+    def _weight(self, name: str) -> Tensor:
+        held, scale_OG = self.codes[name], self.scales(name)
+        zero_OG = torch.zeros_like(scale_OG) if held.zero_OG is None else held.zero_OG.float()
+        codes_OGS = grouped(held.codes_OI.float(), held.codes_OI.shape[1] // scale_OG.shape[1])
+        return from_codes(codes_OGS, scale_OG, zero_OG).flatten(1).to(self.context.dtype)
+
+    def learnables(self) -> Iterator[Learnables]:  # noqa: D102
+        yield Learnables("e2e", tuple(self.factors.values()), self.step.rate)
+        if self.learned:
+            offset = self.context.spec.norm_offset if self.context.spec else 0.0
+            size = torch.cat([self.rest[name].float() + offset for name in self.learned]).square().mean().sqrt()
+            yield Learnables("e2e.norms", tuple(self.norms.values()), self.step.norm_rate, float(size))
+
+    def constrain(self) -> None:  # noqa: D102
+        for factor_OG in self.factors.values():
+            factor_OG.clamp_(min=LEAST)
+
+    def learned_rest(self) -> Params:  # noqa: D102
+        return {name: self.norms[self.names[name]].detach().to(self.rest[name]) for name in self.learned}
+
+    @torch.no_grad()
+    def freeze(self) -> dict[str, QTensor]:  # noqa: D102
+        return {name: replace(held, scale_OG=self.scales(name).to(held.scale_OG)) for name, held in self.codes.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class E2e(FinetuneStep):
+    """Learn all scales at once for `steps` steps of `batch_size` sequences.
+
+    `rate` is how far one AdamW step moves a scale, relative to its first value; `norm_rate` a norm's weight, relative
+    to their typical size.
+    """
+
+    steps: int = 100
+    batch_size: int = 4
+    rate: float = 5e-3
+    norms: bool = True
+    norm_rate: float = 1e-3
+
+    def build(self, codes: Mapping[str, QTensor], rest: Params, context: Context) -> Refinement:  # noqa: D102
+        return Scales(codes, rest, context, self)

@@ -1,0 +1,90 @@
+"""Solved blocks as shards of the output folder, and back: what is written, what is read, and that both are the same."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from makeweight.export import compressed_tensors
+from makeweight.export.folder import Folder
+from makeweight.export.manifest import tensor_hash
+from makeweight.methods.base import Params
+from makeweight.models import packed
+from makeweight.models.checkpoint import Checkpoint
+from makeweight.numerics.qtensor import QTensor
+from makeweight.numerics.scheme import Scheme
+from makeweight.sweep.run import Committed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Store:
+    """The blocks of one run in its folder; `dtype` is that of the forward pass."""
+
+    ckpt: Checkpoint
+    folder: Folder
+    scheme: Scheme
+    dtype: torch.dtype
+
+    def keep(self, index: int) -> None:
+        """Write a block that is not quantized, bit for bit."""
+        self.folder.write(index + 1, self._original(index), {})
+
+    def commit(self, index: int, committed: Committed) -> None:
+        """Write a block's shard, once what is read back from it decodes to what was solved."""
+        names, tensors, codes = self.ckpt.block_names(index), self._original(index), committed.codes
+        tensors |= {names[name]: tensor.cpu() for name, tensor in committed.rest.items()}
+        for name, tensor in codes.items():
+            stored = names[f"{name}.weight"]
+            del tensors[stored]
+            tensors |= compressed_tensors.pack(stored.removesuffix(".weight"), tensor)
+
+        def verify(written: Mapping[str, Tensor]) -> None:
+            for name, (linear, parts) in self._parts(index, written).items():
+                weight = packed.decode(parts, (self.scheme.bits,), linear).to(self.dtype)
+                if not torch.equal(weight, codes[name].dequantize(self.dtype).cpu()):
+                    raise RuntimeError(f"{name} of block {index} reads back differently in {self.folder.path}")
+
+        digest = {name: tensor.digest() for name, tensor in codes.items()}
+        digest |= {name: tensor_hash(tensor) for name, tensor in committed.rest.items()}
+        bits = {name: [tensor.bits_per_weight(), tensor.codes_OI.numel()] for name, tensor in codes.items()}
+        self.folder.write(index + 1, tensors, {**committed.report, "digest": digest, "bits": bits}, verify)
+
+    def refine(self, index: int, learned: Mapping[str, Tensor]) -> None:
+        """Put learned scales and other parameters, by block and name, into a shard; twice is the same as once."""
+        codes, rest = self.solved(index)
+        scaled = {name: replace(tensor, scale_OG=learned[f"{index}.{name}"]) for name, tensor in codes.items()}
+        rest |= {name: learned[f"{index}.{name}"] for name in rest if f"{index}.{name}" in learned}
+        report = {k: v for k, v in (self.folder.report(index + 1) or {}).items() if k not in ("digest", "bits")}
+        self.commit(index, Committed(codes=scaled, rest=rest, report=report))
+
+    def weights(self, index: int) -> dict[str, Tensor]:
+        """Return what a shard's block is run with, by name of a linear or of a parameter, in the forward's dtype."""
+        codes, rest = self.solved(index)
+        weights = {name: tensor.dequantize(self.dtype) for name, tensor in codes.items()}
+        return {**weights, **{name: tensor.to(self.dtype) for name, tensor in rest.items()}}
+
+    def solved(self, index: int) -> tuple[dict[str, QTensor], Params]:
+        """Return the codes of a shard's block and its other tensors as they are stored."""
+        tensors, codes = self.folder.read(index + 1), {}
+        for name, (linear, parts) in self._parts(index, tensors).items():
+            codes_OI, scale_OG, zero_OG = packed.unpack(parts, (self.scheme.bits,), linear)
+            codes[name] = QTensor(codes_OI=codes_OI, scale_OG=scale_OG, zero_OG=zero_OG, scheme=self.scheme)
+        names = self.ckpt.block_names(index)
+        return codes, {name: tensors[stored] for name, stored in names.items() if stored in tensors}
+
+    def _parts(self, index: int, tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, dict[str, Tensor]]]:
+        """Return every linear of a block with its name in the file and the parts that are stored of it."""
+        names, found = self.ckpt.block_names(index), {}
+        for name in self.ckpt.linears():
+            linear = names[f"{name}.weight"].removesuffix(".weight")
+            parts = {part: tensors[f"{linear}.{part}"] for part in packed.PARTS if f"{linear}.{part}" in tensors}
+            found[name] = (linear, parts)
+        return found
+
+    def _original(self, index: int) -> dict[str, Tensor]:
+        """Return a block's tensors under their names in the file, bit for bit."""
+        names = self.ckpt.block_names(index)
+        return {names[name]: tensor for name, tensor in self.ckpt.block_state(index).items()}

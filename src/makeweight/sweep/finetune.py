@@ -1,0 +1,215 @@
+"""After the walk: what the quantized network may still learn as a whole, judged by the original's predictions.
+
+The original's last hidden states are computed once. The quantized network runs block by block with its activations
+recomputed in the backward pass, so that memory is that of all codes, the hidden states between blocks, and one block.
+Shapes: N samples, B batch, T tokens, D hidden, C tokens at a time, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from makeweight.calib.capture import capture, finish, place
+from makeweight.calib.stream import advance
+from makeweight.errors import UserError
+from makeweight.methods.base import Context, FinetuneStep, Learnables, Params, Refinement
+from makeweight.models.checkpoint import Checkpoint
+from makeweight.numerics.qtensor import QTensor
+from makeweight.sweep.block import Block
+from makeweight.sweep.descent import Descent
+
+LOGIT_BYTES = 1 << 27
+"""Logits that are held at a time, fp32."""
+CHECKS = 5
+MAX_HALVINGS = 3
+
+Solved = Mapping[int, tuple[dict[str, QTensor], Params]]
+"""Codes and other parameters of the quantized blocks."""
+Save = Callable[[dict[str, Tensor]], None]
+
+
+@dataclass
+class Progress:
+    """How far learning has come; all that is needed to go on besides tensors."""
+
+    step: int = 0
+    rate: float = 1.0
+    halvings: int = 0
+    start: float = math.nan
+    best: float = math.inf
+    best_step: int = 0
+
+
+class Finetune:
+    """The whole network with what is learned in its quantized blocks."""
+
+    def __init__(
+        self,
+        ckpt: Checkpoint,
+        step: FinetuneStep,
+        solved: Solved,
+        tokens_NT: Tensor,
+        context: Context,
+        *,
+        device: torch.device,
+        seed: int,
+    ) -> None:
+        self.ckpt, self.step, self.device = ckpt, step, device
+        self.skeleton = ckpt.skeleton().requires_grad_(False)
+        place(self.skeleton, device, context.dtype)
+        captured = capture(self.skeleton, ckpt.spec.blocks, tokens_NT, dtype=context.dtype)
+        self.first_NTD = self.last_NTD = captured.hidden_NTD
+        self.blocks: list[Block] = []
+        self.parts = nn.ModuleDict()
+        for index, kwargs in enumerate(captured.kwargs):
+            module = ckpt.load_block(self.skeleton, index).requires_grad_(False)
+            place(module, device, context.dtype)
+            block = Block(index, module, ckpt.linears(), kwargs)
+            self.last_NTD = advance(block, self.last_NTD, batch_size=step.batch_size, device=device)
+            if index in solved:
+                codes, rest = solved[index]
+                self.parts[str(index)] = step.build(codes, rest, context).to(device)
+                block.drop(codes)
+            self.blocks.append(block)
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(tokens_NT), generator=generator)
+        held = max(1, len(order) // 16)
+        self.held_out, train = order[:held], order[held:] if len(order) > 1 else order
+        epochs = -(-step.steps * step.batch_size // len(train))
+        self.queue = torch.cat([train[torch.randperm(len(train), generator=generator)] for _ in range(epochs)])
+        self.descent = Descent(self.learnables(), step.steps)
+        self.at, self.best = Progress(), self._values()
+
+    def refinements(self) -> dict[int, Refinement]:
+        """Return what is learned, by block."""
+        return {int(index): part for index, part in self.parts.items() if isinstance(part, Refinement)}
+
+    def learnables(self) -> list[Learnables]:
+        """Return the learnables of all blocks."""
+        return [group for part in self.refinements().values() for group in part.learnables()]
+
+    def run(self, save: Save | None = None, tick: Callable[[int, int], None] | None = None) -> dict[str, float]:
+        """Learn, or go on learning, and leave everything in the best state seen, never worse than it began.
+
+        `save` gets what `restore` takes, several times. Returns what to report: nats of divergence on held-out text.
+        """
+        every = -(-self.step.steps // CHECKS)
+        if math.isnan(self.at.start):
+            self.at.start = self.at.best = self._check()
+        while self.at.step < self.step.steps:
+            self.at.step += 1
+            finite = self._learn()
+            if finite and (self.at.step % every == 0 or self.at.step == self.step.steps):
+                error = self._check()
+                if error < self.at.best:
+                    self.at.best, self.at.best_step, self.best = error, self.at.step, self._values()
+                finite = math.isfinite(error)
+                if save is not None and finite:
+                    save(self.state())
+            if not finite:
+                self._back_off()
+            if tick is not None:
+                tick(self.at.step, self.step.steps)
+        self._take(self.best)
+        return {"before": self.at.start, "after": self.at.best, "best_step": self.at.best_step}
+
+    @torch.no_grad()
+    def freeze(self) -> dict[str, Tensor]:
+        """Return what has changed: scales as they are stored, and other parameters, by block and name."""
+        found: dict[str, Tensor] = {}
+        for index, part in self.refinements().items():
+            found |= {f"{index}.{name}": held.scale_OG for name, held in part.freeze().items()}
+            found |= {f"{index}.{name}": tensor for name, tensor in part.learned_rest().items()}
+        return found
+
+    def state(self) -> dict[str, Tensor]:
+        """Return all that decides how learning goes on."""
+        found = {f"now.{name}": value for name, value in self._values().items()}
+        found |= {f"best.{name}": value for name, value in self.best.items()}
+        found |= {f"descent.{name}": value for name, value in self.descent.state().items()}
+        values = vars(self.at).values()
+        return {**found, "progress": torch.tensor([float(value) for value in values], dtype=torch.float64)}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a state."""
+
+        def under(prefix: str) -> dict[str, Tensor]:
+            return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+        self._take(under("now."))
+        self.best = under("best.")
+        self.descent.restore(under("descent."))
+        kinds = [type(value) for value in vars(Progress()).values()]
+        self.at = Progress(*(kind(value) for kind, value in zip(kinds, state["progress"].tolist(), strict=True)))
+
+    def _learn(self) -> bool:
+        """Take one step; return False, with nothing moved, where the loss is not finite."""
+        start = (self.at.step - 1) * self.step.batch_size
+        loss = self._loss(self.queue[start : start + self.step.batch_size])
+        if not math.isfinite(loss.item()):
+            return False
+        self.descent.zero_grad()
+        loss.backward()
+        self.descent.step(self.at.step, self.at.rate)
+        with torch.no_grad():
+            for part in self.refinements().values():
+                part.constrain()
+        return True
+
+    @torch.no_grad()
+    def _check(self) -> float:
+        parts = self.held_out.split(self.step.batch_size)
+        return sum(self._loss(part).item() * len(part) for part in parts) / len(self.held_out)
+
+    def _loss(self, index: Tensor) -> Tensor:
+        """Return the mean divergence of the predictions for some samples from the original's, in nats."""
+        hidden_BTD, refinements = self.first_NTD[index].to(self.device), self.refinements()
+        for block in self.blocks:
+            part = refinements.get(block.index)
+            hidden_BTD = checkpoint(_run, block, part, hidden_BTD, use_reentrant=False, preserve_rng_state=False)
+        config = self.ckpt.config.get_text_config()
+        chunk = max(1, LOGIT_BYTES // (4 * config.vocab_size))
+        ours, theirs = (states.flatten(0, 1).split(chunk) for states in (hidden_BTD, self.last_NTD[index]))
+        total = hidden_BTD.new_zeros((), dtype=torch.float32)
+        for ours_CD, theirs_CD in zip(ours, theirs, strict=True):
+            theirs_CD = theirs_CD.to(self.device)
+            part = checkpoint(self._divergence, ours_CD, theirs_CD, use_reentrant=False, preserve_rng_state=False)
+            total = total + part
+        return total / hidden_BTD.shape[:2].numel()
+
+    def _divergence(self, ours_CD: Tensor, theirs_CD: Tensor) -> Tensor:
+        """Return the sum over tokens of the Kullback-Leibler divergence from the original's predictions."""
+        ours_CV, theirs_CV = (
+            F.log_softmax(finish(self.skeleton, self.ckpt.spec.blocks, states[None])[0].float(), dim=-1)
+            for states in (ours_CD, theirs_CD)
+        )
+        return F.kl_div(ours_CV, theirs_CV, reduction="sum", log_target=True)
+
+    def _values(self) -> dict[str, Tensor]:
+        return {name: value.detach().clone() for name, value in self.parts.named_parameters()}
+
+    @torch.no_grad()
+    def _take(self, values: Mapping[str, Tensor]) -> None:
+        for name, parameter in self.parts.named_parameters():
+            parameter.copy_(values[name])
+
+    def _back_off(self) -> None:
+        self.at.halvings, self.at.rate = self.at.halvings + 1, self.at.rate / 2
+        if self.at.halvings > MAX_HALVINGS:
+            raise UserError(
+                f"the loss of the whole network is not finite at step {self.at.step} even at {self.at.rate:.3g} times "
+                "the learning rates; start again with lower rates (--lr)."
+            )
+        self._take(self.best)
+        self.descent = Descent(self.learnables(), self.step.steps)
+
+
+def _run(block: Block, part: Refinement | None, hidden_BTD: Tensor) -> Tensor:
+    return block(hidden_BTD, None if part is None else part())

@@ -1,0 +1,165 @@
+"""Learning of the whole network: the loss is that of the written model, it falls, and a run that dies goes on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from makeweight import estimate
+from makeweight.calib.data import calibration_tokens
+from makeweight.export.folder import Folder
+from makeweight.methods.finetune.e2e import LEAST, E2e
+from makeweight.models.load import open_checkpoint
+from makeweight.pipeline import Job, quantize
+from makeweight.recipe import Eval, Recipe
+from makeweight.report.record import Record
+from makeweight.store import Store
+from makeweight.sweep.finetune import Finetune
+from tests.runs import a_text, files, our_logits, small, tensors
+from tests.tiny import tiny_folder
+
+NOT_MEASURED = Eval(datasets=(), seqlen=64)
+STEPS = {"e2e": {"steps": 12, "batch_size": 2, "rate": 2e-2}}
+
+
+@pytest.fixture(autouse=True)
+def known_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spare every run the measurement behind its estimate."""
+    monkeypatch.setattr(estimate, "matmul_rate", lambda device: 1e12)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return a_text(tmp_path_factory.mktemp("text") / "words.txt")
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_folder("llama", tmp_path_factory.mktemp("source") / "llama")
+
+
+def a_recipe(model: Path, out: Path, text: Path, **changes: Any) -> Recipe:
+    changes = {"method": "mse+e2e", "options": STEPS, "eval": NOT_MEASURED, **changes}
+    return small(model, out, text, **changes)
+
+
+def tuner_of(recipe: Recipe, folder: Path, step: E2e) -> Finetune:
+    """Prepare to learn what a finished folder without learning holds."""
+    job = Job.prepare(recipe)
+    store = Store(ckpt=job.ckpt, folder=Folder(folder, 4), scheme=recipe.scheme, dtype=torch.bfloat16)
+    assert job.tokens_NT is not None
+    solved = {index: store.solved(index) for index in job.blocks}
+    return Finetune(
+        job.ckpt, step, solved, job.tokens_NT, job.solver().context, device=torch.device("cpu"), seed=recipe.seed
+    )
+
+
+def divergence(source: Path, out: Path, tokens_NT: Tensor) -> float:
+    ours, theirs = (F.log_softmax(our_logits(folder, tokens_NT).float(), -1) for folder in (out, source))
+    return float(F.kl_div(ours, theirs, reduction="sum", log_target=True)) / tokens_NT.numel()
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "opt", "phi3"])
+def test_the_loss_is_that_of_the_written_model(family: str, text: Path, tmp_path: Path) -> None:
+    source, out = tiny_folder(family, tmp_path / "source"), tmp_path / "out"
+    recipe = a_recipe(source, out, text, method="mse", options={})
+    quantize(recipe)
+    tuner = tuner_of(replace(recipe, method="mse+e2e"), out, E2e())
+    tokens_NT = calibration_tokens(open_checkpoint(source).tokenizer(), str(text), nsamples=8, seqlen=32, seed=0)
+    index = torch.arange(8)
+    with torch.no_grad():
+        loss = float(tuner._loss(index))  # pyright: ignore[reportPrivateUsage]
+    assert loss == pytest.approx(divergence(source, out, tokens_NT), rel=0.02)
+
+
+def test_gradients_are_those_of_a_small_move(llama: Path, text: Path, tmp_path: Path) -> None:
+    recipe = a_recipe(llama, tmp_path / "out", text, method="mse", options={})
+    scheme = replace(recipe.scheme, scale_dtype="float32")  # coarser ones would hide a small move
+    recipe = replace(recipe, tune=replace(recipe.tune, dtype="float32"), scheme=scheme)
+    quantize(recipe)
+    tuner = tuner_of(replace(recipe, method="mse+e2e"), tmp_path / "out", E2e())
+    index = torch.arange(4)
+    tuner._loss(index).backward()  # pyright: ignore[reportPrivateUsage]
+
+    @torch.no_grad()
+    def moved(parameter: Tensor, by: float) -> float:
+        parameter.add_(by)
+        found = float(tuner._loss(index))  # pyright: ignore[reportPrivateUsage]
+        parameter.sub_(by)
+        return found
+
+    for name, parameter in tuner.parts.named_parameters():
+        assert parameter.grad is not None, name
+        slope = (moved(parameter, 1e-3) - moved(parameter, -1e-3)) / 2e-3
+        assert float(parameter.grad.sum()) == pytest.approx(slope, abs=1e-3), name
+
+
+def test_it_brings_the_written_model_nearer(llama: Path, text: Path, tmp_path: Path) -> None:
+    quantize(a_recipe(llama, tmp_path / "plain", text, method="mse", options={}))
+    record = quantize(a_recipe(llama, tmp_path / "out", text))
+    tokens_NT = calibration_tokens(open_checkpoint(llama).tokenizer(), str(text), nsamples=8, seqlen=32, seed=0)
+    before, after = (divergence(llama, tmp_path / name, tokens_NT) for name in ("plain", "out"))
+    assert after < 0.95 * before
+    assert record.finetune["after"] < record.finetune["before"]
+    ours, plain = tensors(tmp_path / "out"), tensors(tmp_path / "plain")
+    assert ours.keys() == plain.keys()
+    changed = {name for name in ours if not torch.equal(ours[name], plain[name])}
+    assert all(name.endswith("weight_scale") or "norm" in name for name in changed)
+    assert {name for name in ours if name.endswith("weight_scale")} <= changed
+
+
+def test_what_is_frozen_is_what_ran(llama: Path, text: Path, tmp_path: Path) -> None:
+    recipe = a_recipe(llama, tmp_path / "out", text, method="mse", options={})
+    quantize(recipe)
+    tuner = tuner_of(replace(recipe, method="mse+e2e"), tmp_path / "out", E2e(steps=4, rate=0.5))
+    tuner.run()
+    for part in tuner.refinements().values():
+        ran = part()
+        for name, held in part.freeze().items():
+            assert torch.equal(held.dequantize(torch.bfloat16), ran[name])
+            assert held.scale_OG.min() > 0
+        assert all(tensor.min() >= LEAST for tensor in part.get_submodule("factors").parameters())
+
+
+class Killed(BaseException):
+    """What no handler of the program catches."""
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "call"),
+    [
+        (Finetune, "_learn", 1),
+        (Finetune, "_learn", 8),
+        (Folder, "set_aside", 2),
+        (Store, "refine", 2),
+        (Folder, "finish_tuning", 1),
+    ],
+)
+def test_killed_on_the_way(owner: type, name: str, call: int, llama: Path, text: Path, tmp_path: Path) -> None:
+    recipe = a_recipe(llama, tmp_path / "out", text, blocks=(1, 3))
+    original, calls = getattr(owner, name), 0
+
+    def dies(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise Killed
+        return original(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, dies)
+        with pytest.raises(Killed):
+            quantize(recipe)
+    assert not (tmp_path / "out" / "config.json").exists(), "half a model must not load"
+    record = quantize(recipe)
+    straight = quantize(replace(recipe, out=str(tmp_path / "straight")))
+    shards = {name: data for name, data in files(tmp_path / "out").items() if name.endswith(".safetensors")}
+    assert shards == {k: data for k, data in files(tmp_path / "straight").items() if k.endswith(".safetensors")}
+    assert record.digest == straight.digest == Record.load(tmp_path / "out").digest
+    assert not list((tmp_path / "out").glob("*scratch*"))
