@@ -192,3 +192,13 @@ def test_public_names_without_torch() -> None:
 
 
 SRC = str(Path(__file__).parents[1] / "src")
+
+
+def test_public_names_are_what_they_are_called() -> None:
+    """A room of the same name would hide a function once anything in it is imported."""
+    code = (
+        "from makeweight import *; import makeweight, types; "
+        "names = [n for n in makeweight.__all__ if isinstance(getattr(makeweight, n), types.ModuleType)]; "
+        "assert not names, names"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from makeweight.evals.perplexity import evaluate
-    from makeweight.export.run import export
+    from makeweight.export.run import export_model
     from makeweight.numerics.scheme import Scheme
     from makeweight.pipeline import quantize
     from makeweight.recipe import Calib, Eval, Recipe, Tune
 
 __version__ = "0.1.0"
-__all__ = ["Calib", "Eval", "Recipe", "Scheme", "Tune", "__version__", "evaluate", "export", "quantize"]
+__all__ = ["Calib", "Eval", "Recipe", "Scheme", "Tune", "__version__", "evaluate", "export_model", "quantize"]
 
 _HOMES = {
     "Calib": "makeweight.recipe",
@@ -25,7 +25,7 @@ _HOMES = {
     "Scheme": "makeweight.numerics.scheme",
     "Tune": "makeweight.recipe",
     "evaluate": "makeweight.evals.perplexity",
-    "export": "makeweight.export.run",
+    "export_model": "makeweight.export.run",
     "quantize": "makeweight.pipeline",
 }
 

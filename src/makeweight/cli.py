@@ -158,7 +158,7 @@ def export(
     """Write other formats; without --format, say which fit."""
     from makeweight.export.hub import push
     from makeweight.export.run import can_export
-    from makeweight.export.run import export as run
+    from makeweight.export.run import export_model as run
     from makeweight.export.solved import Solved
 
     wanted = options.words(formats)

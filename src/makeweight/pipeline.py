@@ -22,7 +22,7 @@ from makeweight.export import compressed_tensors
 from makeweight.export.base import Facts
 from makeweight.export.folder import OWN, Folder
 from makeweight.export.run import check as check_formats
-from makeweight.export.run import export
+from makeweight.export.run import export_model
 from makeweight.methods.base import Context
 from makeweight.models.checkpoint import Checkpoint
 from makeweight.models.load import open_checkpoint
@@ -226,7 +226,9 @@ class Job:
 
     def record(self, folder: Folder) -> Record:
         """Evaluate the written folder and write the record."""
-        exports = tuple({**asdict(item), "path": str(item.path)} for item in export(folder.path, self.recipe.formats))
+        exports = tuple(
+            {**asdict(item), "path": str(item.path)} for item in export_model(folder.path, self.recipe.formats)
+        )
         start, recipe = time.perf_counter(), self.recipe
         perplexities = measure(recipe, str(folder.path), "evaluating the result")
         baselines = measure(recipe, str(self.ckpt.path), "evaluating the original") if recipe.eval.baseline else ()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from makeweight.export.run import export
+from makeweight.export.run import export_model
 from makeweight.models.gguf import demo_model
 from makeweight.numerics.scheme import Scheme
 from makeweight.pipeline import quantize
@@ -33,7 +33,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exporter:
             )
             quantize(recipe)
         if not target.is_dir():
-            export(solved, [form], out=root / scheme)
+            export_model(solved, [form], out=root / scheme)
         return target
 
     return write

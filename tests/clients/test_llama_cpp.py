@@ -25,7 +25,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from makeweight.evals.perplexity import window_nll
 from makeweight.export.gguf_blocks import BLOCKS, Block, pack
-from makeweight.export.run import export
+from makeweight.export.run import export_model
 from makeweight.models.gguf import demo_model
 from makeweight.models.load import open_checkpoint
 from makeweight.numerics.qtensor import QTensor
@@ -119,7 +119,7 @@ def written(exported: Callable[[str, str], Path], tmp_path_factory: pytest.TempP
             eval=Eval(datasets=()),
         )
         quantize(recipe)
-        return export(root / "solved", ["gguf"], out=root)[0].path
+        return export_model(root / "solved", ["gguf"], out=root)[0].path
 
     return write
 
@@ -194,7 +194,7 @@ def test_every_family(family: str, scheme: str, rope: dict[str, Any] | None, ask
     (source / "config.json").write_text(json.dumps(config))
     text = a_text(tmp_path / "words.txt")
     quantize(small(source, tmp_path / "solved", text, method="rtn", scheme=Scheme.parse(scheme), blocks=(1, 2)))
-    (item,) = export(tmp_path / "solved", ["gguf"], out=tmp_path)
+    (item,) = export_model(tmp_path / "solved", ["gguf"], out=tmp_path)
     tokens_NT = torch.randint(0, 256, (1, 120), generator=torch.Generator().manual_seed(0))
     found = ask(item.path, tokens=tokens_NT[0].tolist(), texts=["then the thing"])
     losses = -our_logits(tmp_path / "solved", tokens_NT)[0].float().log_softmax(-1)

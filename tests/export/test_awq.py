@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from makeweight.export.awq import Awq, pack, unpack
 from makeweight.export.base import Facts
-from makeweight.export.run import export
+from makeweight.export.run import export_model
 from makeweight.numerics.qtensor import QTensor
 from makeweight.numerics.scheme import Scheme
 from tests.export.test_compressed_tensors import a_tensor
@@ -91,7 +91,7 @@ def test_refusals(scheme: str, shape: tuple[int, int], fp16: bool, words: str | 
 @pytest.mark.parametrize("scheme", ["W4A16g32", "W4A16_sym"])
 def test_a_model(tmp_path: Path, scheme: str) -> None:
     solved = a_solved_folder(tmp_path, scheme, "llama-tied")
-    (done,) = export(solved.path, ["awq"], out=tmp_path)
+    (done,) = export_model(solved.path, ["awq"], out=tmp_path)
     parts = list(solved.parts())
     kept = {name for part in parts for name in part.kept}
     assert (done.deviation, done.linears, done.kept) == (0.0, 21, len(kept))

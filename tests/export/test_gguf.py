@@ -15,7 +15,7 @@ from makeweight.export.base import deviation
 from makeweight.export.gguf import Gguf
 from makeweight.export.gguf_blocks import BLOCKS
 from makeweight.export.gguf_file import decode, stored_tensors
-from makeweight.export.run import _compare, export
+from makeweight.export.run import _compare, export_model
 from makeweight.export.solved import Solved
 from makeweight.numerics.scheme import Scheme
 from makeweight.pipeline import quantize
@@ -48,7 +48,7 @@ def fields(file: Path) -> dict[str, Any]:
 )
 def test_whole_models(family: str, scheme: str, block: str, tmp_path: Path) -> None:
     solved = solved_model(family, scheme, tmp_path)
-    (item,) = export(solved, ["gguf"], out=tmp_path)
+    (item,) = export_model(solved, ["gguf"], out=tmp_path)
     assert item.linears == 21 and (item.deviation == 0) == (block != "Q4_1")
     (file,) = item.path.glob("*.gguf")
     assert file.name == f"solved-{block}.gguf"
@@ -104,7 +104,7 @@ def check_fields(found: dict[str, Any], arch: str, family: str) -> None:
 def test_blocks_that_were_left_alone_keep_their_values(tmp_path: Path) -> None:
     """Their query and key rows change places as well."""
     solved = solved_model("llama-tied", "W3A16g64", tmp_path, blocks=(0, 2))
-    (item,) = export(solved, ["gguf"], out=tmp_path)
+    (item,) = export_model(solved, ["gguf"], out=tmp_path)
     assert item.deviation == 0 and item.linears == 14
     (file,) = item.path.glob("*-Q4_0.gguf")
     stored, source = stored_tensors(file), {name: t for part in Solved(solved).parts() for name, t in part.kept.items()}
@@ -119,7 +119,7 @@ def test_blocks_that_were_left_alone_keep_their_values(tmp_path: Path) -> None:
 
 def test_damage_is_found_and_named(tmp_path: Path) -> None:
     solved = solved_model("qwen2", "W2A16g64_sym", tmp_path)
-    (item,) = export(solved, ["gguf"], out=tmp_path)
+    (item,) = export_model(solved, ["gguf"], out=tmp_path)
     (file,) = item.path.glob("*.gguf")
     place = stored_tensors(file)["blk.2.ffn_up.weight"].data
     raw = bytearray(file.read_bytes())
@@ -136,7 +136,7 @@ def test_a_model_without_a_tokenizer_is_refused_before_anything_is_written(tmp_p
     solved = solved_model("llama", "W4A16g32_sym", tmp_path)
     (solved / "tokenizer.json").unlink()
     with pytest.raises(UserError, match=r"no tokenizer\.json"):
-        export(solved, ["gguf"], out=tmp_path / "out")
+        export_model(solved, ["gguf"], out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -147,6 +147,6 @@ def test_a_beginning_that_the_tokenizer_adds(tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(solved)
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<s> $A", "<s> $A $B", [("<s>", 256)])
     tokenizer.save_pretrained(solved)
-    (item,) = export(solved, ["gguf"], out=tmp_path)
+    (item,) = export_model(solved, ["gguf"], out=tmp_path)
     found = fields(next(item.path.glob("*.gguf")))
     assert found["tokenizer.ggml.add_bos_token"] is True and found["tokenizer.ggml.add_eos_token"] is False

@@ -16,7 +16,7 @@ from makeweight import __version__
 from makeweight.errors import UserError
 from makeweight.export.base import Facts, deviation
 from makeweight.export.gptq import BITS, Gptq, GptqV1, pack, unpack
-from makeweight.export.run import export
+from makeweight.export.run import export_model
 from makeweight.export.solved import Solved
 from makeweight.numerics.qtensor import QTensor
 from makeweight.numerics.scheme import Scheme
@@ -149,7 +149,9 @@ def test_a_model(tmp_path: Path, scheme: str) -> None:
     parts = list(solved.parts())
     kept = {name for part in parts for name in part.kept}
     versions = [Gptq(), *([GptqV1()] if solved.scheme.symmetric else [])]
-    for form, done in zip(versions, export(solved.path, [form.name for form in versions], out=tmp_path), strict=True):
+    for form, done in zip(
+        versions, export_model(solved.path, [form.name for form in versions], out=tmp_path), strict=True
+    ):
         assert (done.deviation, done.linears, done.kept) == (0.0, 21, len(kept))
         stored = tensors(done.path)
         for name, tensor in ((name, tensor) for part in parts for name, tensor in part.quantized.items()):
@@ -192,7 +194,7 @@ def test_what_was_left_alone_has_a_rule(tmp_path: Path) -> None:
 
 def test_auto_round_describes_the_same_tensors(tmp_path: Path) -> None:
     solved = a_solved_folder(tmp_path, "W3A16g32")
-    ours, other = export(solved.path, ["gptq", "auto-round"], out=tmp_path / "formats")
+    ours, other = export_model(solved.path, ["gptq", "auto-round"], out=tmp_path / "formats")
     assert tensors(ours.path).keys() == tensors(other.path).keys()
     assert all(torch.equal(tensor, tensors(other.path)[name]) for name, tensor in tensors(ours.path).items())
     config = json.loads((other.path / "config.json").read_text())["quantization_config"]
@@ -202,6 +204,6 @@ def test_auto_round_describes_the_same_tensors(tmp_path: Path) -> None:
 
 def test_version_1_of_an_asymmetric_model(tmp_path: Path) -> None:
     """With 256 codes for a whole row no zero-point is 0; with 4 codes for 16 weights some are."""
-    assert export(a_solved_folder(tmp_path / "8", "W8A16").path, ["gptq-v1"])[0].deviation == 0.0
+    assert export_model(a_solved_folder(tmp_path / "8", "W8A16").path, ["gptq-v1"])[0].deviation == 0.0
     with pytest.raises(UserError, match="wraps around: choose gptq"):
-        export(a_solved_folder(tmp_path / "2", "W2A16g16").path, ["gptq-v1"])
+        export_model(a_solved_folder(tmp_path / "2", "W2A16g16").path, ["gptq-v1"])

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from makeweight.export.onnx import DATA, MODEL, Onnx, Written
-from makeweight.export.run import _compare, export
+from makeweight.export.run import _compare, export_model
 from makeweight.export.solved import Solved
 from makeweight.numerics.scheme import Scheme
 from makeweight.pipeline import quantize
@@ -56,7 +56,7 @@ def step(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_whole_model(family: str, tmp_path: Path) -> None:
     solved = solve(family, tmp_path, dtype=torch.float32)
-    (done,) = export(solved, ["onnx"], out=tmp_path)
+    (done,) = export_model(solved, ["onnx"], out=tmp_path)
     assert done.deviation == 0 and done.linears == 21
     generator = torch.Generator().manual_seed(0)
     tokens_BT = torch.randint(0, VOCABULARY, (2, 24), generator=generator)
@@ -90,7 +90,7 @@ def logits_in_float32(solved: Path, tokens_BT: Tensor) -> np.ndarray:
 def test_every_width(scheme: str, tmp_path: Path) -> None:
     """A model of bfloat16, whose kept tensors stay so in the file."""
     solved = solve("llama-tied", tmp_path, scheme)
-    (done,) = export(solved, ["onnx"], out=tmp_path)
+    (done,) = export_model(solved, ["onnx"], out=tmp_path)
     tokens_BT = torch.randint(0, VOCABULARY, (2, 40), generator=torch.Generator().manual_seed(1))
     expected = logits_in_float32(solved, tokens_BT)
     logits, _ = step(session(done.path / MODEL), tokens_BT.numpy())
@@ -121,7 +121,7 @@ def test_other_rotary_positions(rope: dict[str, Any], tmp_path: Path) -> None:
     solved = solve("llama", tmp_path)
     config = json.loads((solved / "config.json").read_text())
     (solved / "config.json").write_text(json.dumps({**config, "rope_parameters": {"rope_theta": 10000.0, **rope}}))
-    (done,) = export(solved, ["onnx"], out=tmp_path)
+    (done,) = export_model(solved, ["onnx"], out=tmp_path)
     tokens_BT = torch.randint(0, VOCABULARY, (1, 200), generator=torch.Generator().manual_seed(2))
     expected = logits_in_float32(solved, tokens_BT)
     logits, _ = step(session(done.path / MODEL), tokens_BT.numpy())
@@ -131,7 +131,7 @@ def test_other_rotary_positions(rope: dict[str, Any], tmp_path: Path) -> None:
 def test_blocks_that_were_not_quantized(tmp_path: Path) -> None:
     """Their linears, which have biases here, multiply with the weights as they were."""
     solved = solve("llama-tied", tmp_path, blocks=(1, 2))
-    (done,) = export(solved, ["onnx"], out=tmp_path)
+    (done,) = export_model(solved, ["onnx"], out=tmp_path)
     assert done.linears == 7
     tokens_BT = torch.randint(0, VOCABULARY, (2, 40), generator=torch.Generator().manual_seed(3))
     expected = logits_in_float32(solved, tokens_BT)
@@ -142,7 +142,7 @@ def test_blocks_that_were_not_quantized(tmp_path: Path) -> None:
 def test_texts_of_two_lengths(tmp_path: Path) -> None:
     """The shorter one is filled up on its right, where the mask is 0."""
     solved = solve("qwen3", tmp_path, dtype=torch.float32)
-    (done,) = export(solved, ["onnx"], out=tmp_path)
+    (done,) = export_model(solved, ["onnx"], out=tmp_path)
     run = session(done.path / MODEL)
     tokens_BT = torch.randint(0, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(4)).numpy()
     expected, past = step(run, tokens_BT)
@@ -155,7 +155,7 @@ def test_texts_of_two_lengths(tmp_path: Path) -> None:
 
 def test_what_lies_in_the_folder(tmp_path: Path) -> None:
     solved = solve("qwen2", tmp_path)
-    (done,) = export(solved, ["onnx"], out=tmp_path)
+    (done,) = export_model(solved, ["onnx"], out=tmp_path)
     config = json.loads((done.path / "config.json").read_text())
     assert config["architectures"] == ["Qwen2ForCausalLM"] and "quantization_config" not in config
     assert (done.path / "tokenizer.json").is_file() and not list(done.path.glob("*.safetensors"))
@@ -176,7 +176,7 @@ def test_what_lies_in_the_folder(tmp_path: Path) -> None:
 def test_a_damaged_file_is_noticed(tmp_path: Path) -> None:
     """Every byte of codes, scales and zero-points is compared."""
     solved = Solved(solve("llama", tmp_path))
-    (done,) = export(solved.path, ["onnx"], out=tmp_path)
+    (done,) = export_model(solved.path, ["onnx"], out=tmp_path)
     written = Written(done.path)
     name = solved.names[0]
     whole = (done.path / DATA).read_bytes()

@@ -18,7 +18,7 @@ from makeweight.export.base import Format
 from makeweight.export.dense import Dense
 from makeweight.export.formats import FORMATS
 from makeweight.export.hf import ShardWriter
-from makeweight.export.run import can_export, export
+from makeweight.export.run import can_export, export_model
 from makeweight.export.solved import Solved
 from makeweight.models.shards import Shards
 from makeweight.numerics.scheme import Scheme
@@ -51,7 +51,7 @@ def test_every_format_that_says_yes_writes_and_reads_back(solved: Path, tmp_path
     assert [answer.format for answer in answers] == list(FORMATS)
     yes = [answer.format for answer in answers if not answer.refusal]
     assert {"dense", "compressed-tensors"} <= set(yes)
-    for item in export(solved, yes, out=tmp_path):
+    for item in export_model(solved, yes, out=tmp_path):
         assert item.path == tmp_path / item.format and item.linears == 14
         assert item.deviation == 0 or not next(a for a in answers if a.format == item.format).exact
         assert manifest.check(item.path) == []
@@ -59,12 +59,12 @@ def test_every_format_that_says_yes_writes_and_reads_back(solved: Path, tmp_path
     for answer in answers:
         if answer.refusal:
             with pytest.raises(UserError, match="cannot hold"):
-                export(solved, [answer.format], out=tmp_path)
+                export_model(solved, [answer.format], out=tmp_path)
             assert not (tmp_path / answer.format).exists()
 
 
 def test_nothing_is_lost(solved: Path, tmp_path: Path) -> None:
-    dense, packed = (item.path for item in export(solved, ["dense", "compressed-tensors"], out=tmp_path))
+    dense, packed = (item.path for item in export_model(solved, ["dense", "compressed-tensors"], out=tmp_path))
     ours = tensors(solved)
     assert all(same_bits(tensor, ours[name]) for name, tensor in tensors(packed).items())
     assert tensors(packed).keys() == ours.keys()
@@ -89,9 +89,9 @@ def test_nothing_is_lost(solved: Path, tmp_path: Path) -> None:
 def test_written_once(root: Path, tmp_path: Path) -> None:
     out = root / "once"
     quantize(small(root / "source", out, root / "words.txt", method="rtn"))
-    (first,) = export(out, ["dense"], out=tmp_path)
+    (first,) = export_model(out, ["dense"], out=tmp_path)
     before = {file: file.stat().st_mtime_ns for file in first.path.iterdir()}
-    assert export(out, ["dense"], out=tmp_path) == [first]
+    assert export_model(out, ["dense"], out=tmp_path) == [first]
     assert {file: file.stat().st_mtime_ns for file in first.path.iterdir()} == before
     assert run.target_of(out, "dense", None) == root / "once-dense"
 
@@ -101,8 +101,8 @@ def test_an_interrupted_export_starts_again(root: Path, tmp_path: Path) -> None:
     quantize(small(root / "source", out, root / "words.txt", method="rtn"))
     (tmp_path / "dense.part").mkdir()
     (tmp_path / "dense.part" / "model.safetensors").write_bytes(b"half")
-    (again,) = export(out, ["dense"], out=tmp_path)
-    (straight,) = export(out, ["dense"], out=tmp_path / "other")
+    (again,) = export_model(out, ["dense"], out=tmp_path)
+    (straight,) = export_model(out, ["dense"], out=tmp_path / "other")
     assert files(again.path) == files(straight.path)
 
 
@@ -118,13 +118,13 @@ def test_refusals(root: Path, tmp_path: Path) -> None:
     out = root / "refusals"
     quantize(small(root / "source", out, root / "words.txt", method="rtn"))
     with pytest.raises(UserError, match=r"format 'dens' is unknown \(did you mean 'dense'\?\)|did you mean"):
-        export(out, ["dens"])
+        export_model(out, ["dens"])
     (tmp_path / "dense").mkdir()
     with pytest.raises(UserError, match="already holds something else"):
-        export(out, ["compressed-tensors", "dense"], out=tmp_path)
+        export_model(out, ["compressed-tensors", "dense"], out=tmp_path)
     assert not (tmp_path / "compressed-tensors").exists()
     with pytest.raises(UserError, match="is not a folder that `makeweight quantize` wrote"):
-        export(root / "source", ["dense"])
+        export_model(root / "source", ["dense"])
     with pytest.raises(UserError, match="format 'gguff' is unknown"):
         quantize(small(root / "source", tmp_path / "new", root / "words.txt", formats=("gguff",)))
     assert not (tmp_path / "new").exists()
@@ -159,7 +159,7 @@ def test_a_wrong_file_never_gets_its_name(
     quantize(small(root / "source", out, root / "words.txt", method="rtn"))
     monkeypatch.setitem(FORMATS, "dense", form)
     with pytest.raises(RuntimeError, match=r"reads back differently|is missing"):
-        export(out, ["dense"], out=tmp_path)
+        export_model(out, ["dense"], out=tmp_path)
     assert not (tmp_path / "dense").exists()
 
 
@@ -187,7 +187,7 @@ def test_a_damaged_master_is_not_passed_on(root: Path, tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"is not what was solved: model-00002-of-00004\.safetensors is damaged in model"
     ):
-        export(out, ["dense"])
+        export_model(out, ["dense"])
     assert not (tmp_path / "out-dense").exists()
 
 

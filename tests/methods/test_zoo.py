@@ -10,7 +10,18 @@ import torch
 from torch import Tensor
 
 from makeweight.errors import UserError
-from makeweight.methods.base import BlockStep, Context, Grid, GridStep, LossStep, Map, MapStep, RoundStep, State
+from makeweight.methods.base import (
+    BlockStep,
+    Context,
+    FinetuneStep,
+    Grid,
+    GridStep,
+    LossStep,
+    Map,
+    MapStep,
+    RoundStep,
+    State,
+)
 from makeweight.methods.grid.clip import Lwc, Rtn
 from makeweight.methods.loss.cross_layer import CrossLayer, Mse
 from makeweight.methods.presets import PRESETS
@@ -22,10 +33,10 @@ from tests.sweep.problem import Problem, problem
 
 MAPS = {name: m.step for name, m in PRESETS.items() if isinstance(m.step, MapStep)}
 GRIDS = {name: m.step for name, m in PRESETS.items() if isinstance(m.step, GridStep)}
-SCALES = {name: m.step for name, m in PRESETS.items() if isinstance(m.step, BlockStep)}
 DRIFTING = {name: step for name, step in MAPS.items() if isinstance(step, Sde)}
 ROUNDINGS = {name: m.step for name, m in PRESETS.items() if isinstance(m.step, RoundStep)}
 LOSSES = {name: m.step for name, m in PRESETS.items() if isinstance(m.step, LossStep)}
+KINDS = (BlockStep, MapStep, GridStep, RoundStep, LossStep, FinetuneStep)
 PAIRS = [(name, grid) for name in ("", *MAPS) for grid in GRIDS]  # every map with every grid, and every grid alone
 LEARNING = [(name, grid) for name, grid in PAIRS if name or GRIDS[grid].learns]
 ASYMMETRIC = {"hqq"}
@@ -76,8 +87,8 @@ def build(name: str, grid: str, with_context: Context) -> Chain:
 
 
 def test_the_zoo_is_sorted_by_stage() -> None:
-    assert len(SCALES) + len(MAPS) + len(GRIDS) + len(ROUNDINGS) + len(LOSSES) == len(PRESETS)
     for name, method in PRESETS.items():
+        assert sum(isinstance(method.step, kind) for kind in KINDS) == 1, name
         assert method.stage == method.step.stage, name
         assert method.summary and method.source, f"{name}: say what it does and where it comes from"
 

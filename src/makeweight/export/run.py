@@ -57,7 +57,7 @@ def can_export(solved: Solved) -> list[Answer]:
     ]
 
 
-def export(path: str | Path, formats: Sequence[str], *, out: str | Path | None = None) -> list[Exported]:
+def export_model(path: str | Path, formats: Sequence[str], *, out: str | Path | None = None) -> list[Exported]:
     """Write a solved folder in other formats, each into `out`/<format> (None: beside it, as <folder>-<format>).
 
     Nothing is solved again, and what an earlier call wrote from the same folder is not written again. Raises UserError,
