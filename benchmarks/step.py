@@ -95,7 +95,7 @@ def measure_block(title: str, batch: int, device: torch.device, budget: float) -
         plan = plans[method]
         chain = Chain.build(blocks[0].state(), Steps(maps=plan.maps, grid=plan.grid), context).to(device)
         judge = Judge(blocks=tuple(blocks[: ahead[method] + 1]), weights=plan.loss.weights(), device=device)
-        descent = Descent(chain, steps=1)
+        descent = Descent(chain.learnables(), steps=1)
         targets = [hidden_BTD] * len(judge.blocks)
 
         def step() -> None:

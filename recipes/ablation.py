@@ -7,10 +7,11 @@ Blocks 8 and later stay at full precision, a quarter of the cost of the whole mo
 
 from __future__ import annotations
 
+from benchmarks.common import WORK, data, evaluation
 from makeweight.models.gguf import demo_model
 from makeweight.numerics.scheme import Scheme
 from makeweight.recipe import Calib, Recipe, Tune
-from recipes.common import WORK, Results, data, evaluation
+from recipes.common import Results
 
 METHODS = ("rtn", "lwc", "lwc+lsi", "lwc+sde", "lwc+cl", "lwc+sde+cl")
 SCHEMES = ("W3A16g64", "W4A16")

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from benchmarks.common import WORK
 from recipes.ablation import recipe
-from recipes.common import WORK, Results
+from recipes.common import Results
 
 METHOD = "lwc+sde+cl"
 SETTINGS: tuple[tuple[str, int, int, float], ...] = (

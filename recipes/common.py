@@ -1,46 +1,20 @@
-"""What the recipes share: where the texts lie, and a JSON file of results that grows cell by cell."""
+"""What the recipes share: a JSON file of results, and what becomes a cell of it."""
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 import sys
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
-from makeweight.errors import UserError
+from benchmarks.common import RESULTS, Cells, perplexities
 from makeweight.pipeline import quantize
-from makeweight.recipe import Eval, Recipe
-
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
-WORK = ROOT / "out"
-SEQLEN = 2048
-WIKITEXT_WINDOWS, ENWIKI_WINDOWS = 12, 6
+from makeweight.recipe import Recipe
 
 
-def data() -> Path:
-    """Return the folder of texts, $MAKEWEIGHT_DATA or ../shared/data; raises UserError where it is missing."""
-    folder = Path(os.environ.get("MAKEWEIGHT_DATA") or ROOT.parent / "shared" / "data").resolve()
-    if not (folder / "enwiki" / "train.txt").is_file():
-        raise UserError(f"the texts are not in {folder}: set MAKEWEIGHT_DATA to the folder with enwiki/train.txt.")
-    return folder
-
-
-def evaluation() -> Eval:
-    """Return the protocol of all tables: WikiText-2 test (12 windows) and the held-out part of enwiki (6)."""
-    texts = (f"{data()}/wikitext2/wiki.test.raw", f"{data()}/enwiki/validation.txt")
-    return Eval(datasets=texts, seqlen=SEQLEN, windows=(WIKITEXT_WINDOWS, ENWIKI_WINDOWS), baseline=False)
-
-
-class Results:
-    """A JSON file of cells by name, written after every cell, so that a run resumes where it stopped."""
+class Results(Cells):
+    """The file benchmarks/results/NAME.json."""
 
     def __init__(self, name: str) -> None:
-        self.path = RESULTS / f"{name}.json"
-        self.cells: dict[str, dict[str, Any]] = json.loads(self.path.read_text()) if self.path.is_file() else {}
+        super().__init__(RESULTS / f"{name}.json")
 
     def run(self, name: str, recipe: Recipe) -> None:
         """Run one cell unless its result is there, and keep what tables need."""
@@ -66,16 +40,3 @@ class Results:
             },
         )
         shutil.rmtree(record.path)
-
-    def keep(self, name: str, cell: Mapping[str, Any]) -> None:
-        """Add a cell and write the file, whole or not at all."""
-        self.cells[name] = dict(cell)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        part = self.path.with_suffix(".part")
-        part.write_text(json.dumps(self.cells, indent=1, sort_keys=True) + "\n")
-        part.replace(self.path)
-
-
-def perplexities(results: Any) -> dict[str, float]:
-    """Name perplexities by the folder of their text: wikitext2, enwiki."""
-    return {Path(result.dataset).parent.name: round(result.perplexity, 4) for result in results}

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from benchmarks.common import WORK, data, evaluation
 from makeweight.models.gguf import demo_model
 from makeweight.numerics.scheme import Scheme
 from makeweight.recipe import Calib, Recipe, Tune
-from recipes.common import WORK, Results, data, evaluation
+from recipes.common import Results
 
 METHODS = ("rtn", "lwc", "lwc+sde+cl")
 

@@ -8,10 +8,11 @@ results in benchmarks/results/rates.json.
 
 from __future__ import annotations
 
+from benchmarks.common import WORK, data
 from makeweight.models.gguf import demo_model
 from makeweight.numerics.scheme import Scheme
 from makeweight.recipe import Calib, Eval, Option, Recipe, Tune
-from recipes.common import WORK, Results, data
+from recipes.common import Results
 
 Settings = dict[str, dict[str, Option]]
 LWC = 0.2

@@ -10,17 +10,11 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from recipes.common import RESULTS, ROOT
+from benchmarks.common import RESULTS, ROOT, table
 
 START, END = "<!-- results -->", "<!-- /results -->"
 METHODS = ("rtn", "lwc", "lwc+lsi", "lwc+sde", "lwc+cl", "lwc+sde+cl")
 Cells = dict[str, dict[str, Any]]
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table, numbers right-aligned."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def spread(values: Sequence[float]) -> str:

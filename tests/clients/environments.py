@@ -6,18 +6,16 @@ it, and is whole if it exists.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import shutil
 import subprocess
-import sys
-import venv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-CONSTRAINTS = Path(__file__).parents[2] / "constraints.txt"
+from benchmarks import environments
+
+CONSTRAINTS = environments.CONSTRAINTS
 
 
 def home() -> Path:
@@ -26,22 +24,8 @@ def home() -> Path:
 
 
 def python_with(name: str, *steps: Sequence[str], remove: Sequence[str] = ()) -> Path:
-    """Return the interpreter of a virtual environment in which `pip install` ran with each of `steps`, in order.
-
-    `remove` names packages to uninstall again at the end.
-    """
-    text = json.dumps([sys.version_info[:2], steps, remove])
-    folder = home() / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-    if not (folder / "ready").is_file():
-        shutil.rmtree(folder, ignore_errors=True)
-        venv.create(folder, with_pip=True)
-        pip = [str(folder / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "-q"]
-        for step in steps:
-            subprocess.run([*pip, "install", *step], check=True)
-        if remove:
-            subprocess.run([*pip, "uninstall", "-y", *remove], check=True)
-        (folder / "ready").touch()
-    return folder / "bin" / "python"
+    """Return the interpreter of a client's virtual environment; see `benchmarks.environments`."""
+    return environments.python_with(home(), name, *steps, remove=remove)
 
 
 def ask(python: Path, script: Path, *arguments: str, timeout: int = 900, **environment: str) -> Any:

@@ -1,0 +1,76 @@
+"""The one evaluator: is a dense folder on the grid that was asked for, and what perplexity does it have?
+
+    python -m benchmarks.peers.judge REQUEST.json ANSWER.json
+
+A process of its own, so that the one that starts and measures the runs stays small.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.common import perplexities
+from makeweight import evaluate
+from makeweight.models.checkpoint import Checkpoint
+from makeweight.models.load import open_checkpoint
+
+
+def most_values(weight_OI: Tensor, group_size: int) -> int:
+    """Return how many different values the richest group of a matrix has; -1 makes a group of every row."""
+    rows, width = weight_OI.shape
+    sorted_OGS = weight_OI.float().reshape(rows, -1, width if group_size == -1 else group_size).sort(-1).values
+    return int((sorted_OGS.diff(dim=-1) != 0).sum(-1).max()) + 1
+
+
+def check_grid(ours: Checkpoint, original: Checkpoint, *, bits: int, group_size: int) -> dict[str, int]:
+    """Count the values in every group of the linears of three blocks; what is outside the blocks must be unchanged.
+
+    Weights that were rounded to the model's dtype keep their number of values or lose some. Raises ValueError for a
+    folder that is not what was asked for.
+    """
+    before, after = dict(original.rest()), dict(ours.rest())
+    for name, tensor in before.items():
+        if not torch.equal(tensor, after[name]):
+            raise ValueError(f"{name} is not quantized here and was changed.")
+    chosen = sorted({0, original.n_blocks // 2, original.n_blocks - 1})
+    found = 0
+    for block in chosen:
+        weights, expected = ours.block_state(block), original.block_state(block)
+        for name in original.linears():
+            weight_OI = weights[f"{name}.weight"]
+            if weight_OI.dtype != expected[f"{name}.weight"].dtype:
+                raise ValueError(f"{name} of block {block} is {weight_OI.dtype}, not in the model's dtype.")
+            found = max(found, most_values(weight_OI, group_size))
+    if found > 2**bits:
+        raise ValueError(f"a group holds {found} different values, and {bits} bits allow {2**bits}.")
+    return {"linears": len(chosen) * len(original.linears()), "most_values": found, "allowed": 2**bits}
+
+
+def judge(request: dict[str, Any]) -> dict[str, Any]:
+    """Check and measure a folder; it gets the original's config and tokenizer first, so that only weights differ."""
+    folder, answer = Path(request["folder"]), {}
+    if "original" in request:
+        original = open_checkpoint(request["original"])
+        for file in (*original.side_files(), original.path / "config.json"):
+            shutil.copyfile(file, folder / file.name)
+        ours = open_checkpoint(folder)
+        answer["grid"] = check_grid(ours, original, bits=request["bits"], group_size=request["group_size"])
+    found = evaluate(
+        str(folder),
+        datasets=request["texts"],
+        seqlen=request["eval_seqlen"],
+        windows=request["windows"],
+        device="cpu",
+    )
+    return {**answer, "perplexities": perplexities(found)}
+
+
+if __name__ == "__main__":
+    Path(sys.argv[2]).write_text(json.dumps(judge(json.loads(Path(sys.argv[1]).read_text()))))

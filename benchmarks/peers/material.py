@@ -1,0 +1,41 @@
+"""What every run is handed: the model as a Hugging Face folder, and the calibration's token ids in one file.
+
+    python -m benchmarks.peers.material REQUEST.json ANSWER.json
+
+A process of its own, so that the one that starts and measures the others stays small.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from makeweight.calib.data import calibration_tokens
+from makeweight.models.gguf import demo_model, to_folder
+from makeweight.models.load import open_checkpoint
+
+
+def prepare(request: dict[str, Any]) -> dict[str, str]:
+    """Write the token ids, int64 [N, T] under "tokens", drawn as `quantize` draws them from the same text.
+
+    Returns the model's folder and a digest of the ids.
+    """
+    folder = to_folder(demo_model())
+    tokens_NT = calibration_tokens(
+        open_checkpoint(folder).tokenizer(),
+        request["text"],
+        nsamples=request["nsamples"],
+        seqlen=request["seqlen"],
+        seed=request["seed"],
+    )
+    save_file({"tokens": tokens_NT}, request["tokens"])
+    return {"model": str(folder), "digest": hashlib.sha256(tokens_NT.numpy().tobytes()).hexdigest()[:16]}
+
+
+if __name__ == "__main__":
+    Path(sys.argv[2]).write_text(json.dumps(prepare(json.loads(Path(sys.argv[1]).read_text()))))

@@ -1,0 +1,150 @@
+"""Cell by cell: run a program in a process of its own, have its folder judged, and keep what came out.
+
+Nothing heavy is imported here: the memory of this process would count as that of those it starts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import ROOT, Cells, data, evaluation
+from benchmarks.peers.child import BrokenRunError, Usage, environment, run
+from benchmarks.peers.programs import PROGRAMS, RUNNERS
+from benchmarks.peers.runs import Entry, Run
+from makeweight.errors import UserError
+from makeweight.numerics.scheme import Scheme
+
+
+@dataclass(frozen=True, kw_only=True)
+class Terms:
+    """What is the same for all: the calibration's size, the texts and windows of the evaluation, and the threads."""
+
+    texts: tuple[str, ...]
+    windows: tuple[int, ...]
+    threads: int
+    eval_seqlen: int
+    nsamples: int = 128
+    seqlen: int = 512
+    seed: int = 0
+    short: bool = False
+
+    @classmethod
+    def full(cls, threads: int) -> Terms:
+        """Return the terms of the table; raises UserError where a text is missing."""
+        shared = evaluation()
+        for text in shared.datasets:
+            if not Path(text).is_file():
+                raise UserError(f"the text {text} is missing: set MAKEWEIGHT_DATA to a folder that has it.")
+        assert isinstance(shared.windows, tuple)
+        return cls(texts=shared.datasets, windows=shared.windows, threads=threads, eval_seqlen=shared.seqlen)
+
+    @classmethod
+    def smoke(cls, threads: int) -> Terms:
+        """Return terms under which every run ends soon and its numbers mean nothing."""
+        return cls(
+            texts=cls.full(threads).texts,
+            windows=(2, 2),
+            threads=threads,
+            eval_seqlen=256,
+            nsamples=4,
+            seqlen=64,
+            short=True,
+        )
+
+
+class Track:
+    """A working folder with the model and the token ids in it, and the way to fill one cell."""
+
+    def __init__(self, terms: Terms, work: Path) -> None:
+        self.terms, self.work = terms, work
+        work.mkdir(parents=True, exist_ok=True)
+        self.tokens = work / f"tokens-{terms.nsamples}x{terms.seqlen}.safetensors"
+        self.shared = {
+            "text": f"{data()}/enwiki/train.txt",
+            "tokens": str(self.tokens),
+            "nsamples": terms.nsamples,
+            "seqlen": terms.seqlen,
+            "seed": terms.seed,
+        }
+        self.material = self._ask("material", work, self.shared)
+
+    def cell(self, entry: Entry) -> dict[str, Any]:
+        """Run and judge one entry; raises BrokenRunError where either fails, and leaves its log."""
+        if entry.run is None:
+            return self._judged(self.work, {"folder": self.material["model"]})
+        out = self.work / entry.name.replace("/", "-")
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir(parents=True)
+        options = entry.run.shortened() if self.terms.short else dict(entry.run.options)
+        scheme = Scheme.parse(entry.setting)
+        grid = {"bits": scheme.bits, "group_size": scheme.group_size}
+        job = {**self.shared, **grid, "model": self.material["model"], "out": str(out), "options": options}
+        load = os.getloadavg()[0]
+        usage, answer = self._solve(entry.run, out, job)
+        judged = self._judged(out, {"folder": str(out / "dense"), "original": self.material["model"], **grid})
+        shutil.rmtree(out)
+        return {
+            "setting": entry.setting,
+            "program": entry.run.program,
+            "version": answer["versions"][PROGRAMS[entry.run.program].package],
+            "options": options,
+            "calibration": f"{self.terms.nsamples} x {self.terms.seqlen} tokens, {self.material['digest']}",
+            "seed": self.terms.seed,
+            "load_before": round(load, 1),
+            **asdict(usage),
+            **answer,
+            **judged,
+        }
+
+    def _solve(self, chosen: Run, out: Path, job: dict[str, Any]) -> tuple[Usage, dict[str, Any]]:
+        program = PROGRAMS[chosen.program]
+        try:
+            python = program.python()
+        except subprocess.CalledProcessError as error:
+            raise BrokenRunError(f"no environment: {' '.join(map(str, error.cmd))} failed") from error
+        (out / "job.json").write_text(json.dumps(job, indent=1))
+        # Whatever is compiled is compiled in each run anew, so that none profits from the one before it.
+        env = environment(self.terms.threads, TORCHINDUCTOR_CACHE_DIR=str(out / "inductor"))
+        command = [str(python), str(RUNNERS / program.script), str(out / "job.json")]
+        usage = run(command, cwd=out, log=self.work / f"{out.name}.log", env=env)
+        return usage, json.loads((out / "answer.json").read_text())
+
+    def _judged(self, where: Path, request: dict[str, Any]) -> dict[str, Any]:
+        terms = self.terms
+        asked = {"texts": terms.texts, "eval_seqlen": terms.eval_seqlen, "windows": terms.windows}
+        answer = self._ask("judge", where, {**request, **asked})
+        return {**answer.pop("perplexities"), **answer}
+
+    def _ask(self, module: str, where: Path, request: dict[str, Any]) -> dict[str, Any]:
+        """Run a module of this package in a process of its own."""
+        asked, told = where / f"{module}.json", where / f"{module}-answer.json"
+        asked.write_text(json.dumps(request, indent=1))
+        command = [sys.executable, "-m", f"benchmarks.peers.{module}", str(asked), str(told)]
+        run(command, cwd=ROOT, log=self.work / f"{module}.log", env=environment(self.terms.threads))
+        return json.loads(told.read_text())
+
+
+def race(
+    results: Cells, chosen: Sequence[Entry], fill: Callable[[Entry], dict[str, Any]], *, retry: bool = False
+) -> None:
+    """Fill every cell that is not there yet; one that failed holds its last words and waits for `retry`."""
+    for entry in chosen:
+        known = results.cells.get(entry.name)
+        if known is not None and not (retry and "error" in known):
+            continue
+        print(f"{results.path.stem}: {entry.name}", file=sys.stderr, flush=True)
+        try:
+            cell = fill(entry)
+        except BrokenRunError as error:
+            print(error, file=sys.stderr, flush=True)
+            program = {} if entry.run is None else {"setting": entry.setting, "program": entry.run.program}
+            cell = {**program, "error": str(error)}
+        results.keep(entry.name, cell)

@@ -1,0 +1,48 @@
+"""Runs where auto-round is installed: its tuning as its users call it, saved as dequantized weights.
+
+    python auto_round_script.py JOB.json
+
+Its format "fake" is a Hugging Face folder that holds the quantized values as ordinary weights. The options are
+arguments of `AutoRound`, so those of its algorithm too.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import handover
+from auto_round import AutoRound
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+def quantize(job: dict[str, Any]) -> None:
+    """Write the folder OUT/dense; the samples are handed over one by one, as tensors of token ids (1, T)."""
+    tokens_NT = load_file(job["tokens"])["tokens"]
+    engine = AutoRound(
+        AutoModelForCausalLM.from_pretrained(job["model"], dtype="auto"),
+        AutoTokenizer.from_pretrained(job["model"]),
+        bits=job["bits"],
+        group_size=job["group_size"],
+        sym=False,
+        dataset=list(tokens_NT.split(1)),
+        nsamples=tokens_NT.shape[0],
+        seqlen=tokens_NT.shape[1],
+        device_map="cpu",
+        seed=job["seed"],
+        **job["options"],
+    )
+    saved = engine.quantize_and_save(str(Path(job["out"]) / "saved"), format="fake")[1]
+    Path(saved[0] if isinstance(saved, list) else saved).rename(Path(job["out"]) / "dense")
+
+
+def main() -> None:
+    """Quantize, and say with what."""
+    job = handover.read_job()
+    quantize(job)
+    handover.answer(job, "auto-round")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""Which runs there are: ours first, in one place, then theirs; and in which order they are run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, zip_longest
+from typing import Any
+
+from makeweight.errors import UserError, did_you_mean
+from makeweight.numerics.scheme import Scheme
+
+OURS: dict[str, dict[str, Any]] = {
+    "rtn": {"method": "rtn"},
+    "lwc": {"method": "lwc", "tune": {"steps": 200, "batch_size": 2}},
+    "lwc+sde+cl": {"method": "lwc+sde+cl", "tune": {"steps": 200, "batch_size": 2}},
+    "autoround": {"method": "autoround", "tune": {"steps": 200, "batch_size": 8}},
+}
+"""Our runs: any part of a recipe in its JSON form, such as {"options": {"sde": {"band": 16}}}, by the run's name."""
+
+SETTINGS = ("W4A16", "W3A16g64", "W2A16g64")
+SMOKE_SETTINGS = ("W2A16g64",)
+ORIGINAL = "original"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One way to quantize: a program and its options; `settings` names the only ones that it is run in."""
+
+    program: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    settings: tuple[str, ...] = SETTINGS
+    note: str = ""
+
+    def shortened(self) -> dict[str, Any]:
+        """Return options with which it ends after two steps."""
+        if self.program == "makeweight":
+            return {**self.options, "tune": {**self.options.get("tune", {}), "steps": 2}}
+        return {**self.options, **({"iters": 2} if "iters" in self.options else {})}
+
+
+THEIRS: dict[str, Run] = {
+    "auto-round": Run(program="auto-round", options={"iters": 200}, note="its default: 200 steps of 8 samples"),
+    "llm-compressor-gptq": Run(program="llm-compressor", options={"method": "gptq"}),
+    "auto-round-light": Run(
+        program="auto-round", options={"iters": 50, "lr": 5e-3}, note="its recipe `light`: 50 steps, rate 0.005"
+    ),
+    "llm-compressor-awq": Run(program="llm-compressor", options={"method": "awq"}),
+    "auto-round-neuqi": Run(
+        program="auto-round",
+        options={"iters": 200, "enable_neuqi": True},
+        note="scales and zero-points searched first, then 200 steps of rounding",
+    ),
+    "hqq": Run(program="hqq", note="needs no calibration; its zero-points are floats, all others' are integers"),
+    "auto-round-best": Run(
+        program="auto-round",
+        options={"iters": 1000},
+        settings=("W2A16g64",),
+        note="its recipe `best`, but on the samples that all have: 1000 steps",
+    ),
+}
+
+RUNS: dict[str, Run] = {
+    **{name: Run(program="makeweight", options=options) for name, options in OURS.items()},
+    **THEIRS,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One cell to fill: a run in a setting; the original model, in none, is neither."""
+
+    name: str
+    setting: str = ""
+    run: Run | None = None
+
+
+def entries(settings: Iterable[str] = SETTINGS, runs: Sequence[str] = ()) -> list[Entry]:
+    """Return the cells in the order in which they are run: the original, then each setting, ours and theirs in turn.
+
+    `runs` chooses some. Raises UserError for an unknown run, a scheme that is none of a race's, and an empty choice.
+    """
+    for name in runs:
+        if name not in RUNS:
+            raise UserError(f"run {name!r} is unknown{did_you_mean(name, RUNS)}: choose among {', '.join(RUNS)}.")
+    found = [
+        Entry(name=f"{setting}/{name}", setting=setting, run=RUNS[name])
+        for setting in map(_checked, settings)
+        for name in _alternating(OURS, THEIRS)
+        if (not runs or name in runs) and (setting in RUNS[name].settings or setting not in SETTINGS)
+    ]
+    if not found:
+        raise UserError("no run is left: some are for certain settings only, such as auto-round-best for W2A16g64.")
+    return [Entry(name=ORIGINAL), *found]
+
+
+def _alternating(first: Iterable[str], second: Iterable[str]) -> Iterator[str]:
+    return (name for name in chain.from_iterable(zip_longest(first, second)) if name is not None)
+
+
+def _checked(setting: str) -> str:
+    scheme = Scheme.parse(setting)
+    if scheme.symmetric or scheme.activations != 16:
+        raise UserError(f"setting {setting!r} is not raced: give an asymmetric one for weights alone, as in W3A16g64.")
+    return str(scheme)

@@ -1,0 +1,70 @@
+"""The race as Markdown: one table for each setting, then what has to be known to read them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from benchmarks.common import table
+from benchmarks.peers.programs import NOT_RUN
+from benchmarks.peers.runs import ORIGINAL, RUNS, SETTINGS
+
+DOMAINS = {"wikitext2": "WikiText-2", "enwiki": "enwiki"}
+COSTS = ("minutes", "CPU minutes", "peak GB")
+COSTS_NOTE = (
+    "Time and memory are those of a whole process, from its start to the written weights; ours tokenizes the text "
+    "itself and writes its own format before the dense one."
+)
+EMPTY = ("-",) * (2 * len(DOMAINS) + len(COSTS))
+
+
+def markdown(cells: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return all tables; g is the logarithm of a perplexity over the original's, 0 where nothing is lost."""
+    original = cells.get(ORIGINAL, {})
+    found = {cell["setting"] for cell in cells.values() if "setting" in cell}
+    settings = [*(name for name in SETTINGS if name in found), *sorted(found - {*SETTINGS})]
+    order = [*RUNS, *sorted({name.partition("/")[2] for name in cells} - {*RUNS, ""})]
+    parts = []
+    for setting in settings:
+        names = [name for name in order if f"{setting}/{name}" in cells]
+        header = (setting, "by", *DOMAINS.values(), *(f"g {name}" for name in DOMAINS.values()), *COSTS)
+        first = ["original", "", *(_number(original.get(name)) for name in DOMAINS), *EMPTY[len(DOMAINS) :]]
+        rows = [_row(name, cells[f"{setting}/{name}"], original) for name in names]
+        parts.append(table(header, [first, *rows]))
+    return "\n\n".join([*parts, _notes(cells)])
+
+
+def _row(name: str, cell: Mapping[str, Any], original: Mapping[str, Any]) -> list[str]:
+    if "error" in cell:
+        return [f"`{name}`", f"{cell['program']} (failed)", *EMPTY]
+    return [
+        f"`{name}`",
+        f"{cell['program']} {cell['version']}",
+        *(_number(cell[domain]) for domain in DOMAINS),
+        *(_gap(cell[domain], original.get(domain)) for domain in DOMAINS),
+        f"{cell['wall_seconds'] / 60:.1f}",
+        f"{cell['cpu_seconds'] / 60:.1f}",
+        f"{cell['peak_memory_mb'] / 1000:.1f}",
+    ]
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _gap(value: float, original: float | None) -> str:
+    return "-" if original is None else f"{math.log(value / original):.3f}"
+
+
+def _notes(cells: Mapping[str, Mapping[str, Any]]) -> str:
+    """Say on what terms the cells were made, what is special about a run, and what is missing."""
+    raced = [cell for name, cell in cells.items() if name != ORIGINAL and "error" not in cell]
+    threads = sorted({cell["threads"] for cell in raced})
+    samples = sorted({cell["calibration"].partition(",")[0] for cell in raced})
+    lines = [f"- Calibration: {', '.join(samples) or '-'}; threads: {', '.join(map(str, threads)) or '-'}."]
+    lines.append(f"- {COSTS_NOTE}")
+    run = {name.partition("/")[2] for name in cells}
+    lines += [f"- `{name}`: {RUNS[name].note}." for name in RUNS if name in run and RUNS[name].note]
+    lines += [f"- Not run: {name}; {reason}." for name, reason in NOT_RUN.items()]
+    return "\n".join(lines)

@@ -1,0 +1,142 @@
+"""The race without racing: which cells there are, what is run again, what counts as on the grid, and the table."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.common import ROOT, Cells
+from benchmarks.peers import child
+from benchmarks.peers.child import BrokenRunError
+from benchmarks.peers.judge import check_grid, most_values
+from benchmarks.peers.race import race
+from benchmarks.peers.runs import ORIGINAL, OURS, RUNS, THEIRS, Entry, entries
+from benchmarks.peers.table import markdown
+from makeweight.errors import UserError
+from makeweight.export.run import export_model
+from makeweight.models.load import open_checkpoint
+from makeweight.numerics.scheme import Scheme
+from makeweight.pipeline import quantize
+from makeweight.recipe import Eval, Recipe
+from tests.tiny import tiny_folder
+
+
+def test_cells_alternate_and_have_plain_names() -> None:
+    found = entries()
+    assert found[0].name == ORIGINAL and found[0].run is None
+    names = [entry.name for entry in found]
+    assert len(set(names)) == len(names)
+    first, second = next(iter(OURS)), next(iter(THEIRS))
+    assert names[1:3] == [f"W4A16/{first}", f"W4A16/{second}"]
+    assert [name for name in names if name.endswith("/auto-round-best")] == ["W2A16g64/auto-round-best"]
+    assert [entry.name for entry in entries(["w3a16G64"], ["hqq"])] == [ORIGINAL, "W3A16g64/hqq"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "chosen", "says"),
+    [
+        (["W3A16g64"], ["hqqq"], "did you mean 'hqq'"),
+        (["W3A16g64_sym"], [], "not raced"),
+        (["W4A16"], ["auto-round-best"], "no run is left"),
+        (["W9"], [], "not"),
+    ],
+)
+def test_what_cannot_be_raced(settings: list[str], chosen: list[str], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        entries(settings, chosen)
+
+
+def test_every_run_ends_after_two_steps_when_shortened() -> None:
+    for name, run in RUNS.items():
+        short = run.shortened()
+        steps = {short.get("iters"), short.get("tune", {}).get("steps")} - {None}
+        assert steps <= {2}, name
+        assert steps or run.program in ("hqq", "llm-compressor"), name
+
+
+def test_what_is_there_is_not_run_again(tmp_path: Path) -> None:
+    ran: list[str] = []
+
+    def fill(entry: Entry) -> dict[str, Any]:
+        ran.append(entry.name)
+        if entry.name == "b":
+            raise BrokenRunError("its last words")
+        return {"wikitext2": 1.0}
+
+    chosen, file = [Entry(name=name) for name in "abc"], tmp_path / "peers.json"
+    Cells(file).keep("a", {"wikitext2": 2.0})
+    race(Cells(file), chosen, fill)
+    assert ran == ["b", "c"]
+    kept = json.loads(file.read_text())
+    assert kept == {"a": {"wikitext2": 2.0}, "b": {"error": "its last words"}, "c": {"wikitext2": 1.0}}
+    race(Cells(file), chosen, fill)
+    assert ran == ["b", "c"]
+    race(Cells(file), chosen, fill, retry=True)
+    assert ran == ["b", "c", "b"]
+
+
+@pytest.mark.parametrize("group_size", [8, -1])
+def test_values_are_counted_group_by_group(group_size: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    size = 32 if group_size == -1 else group_size
+    codes_OGS = torch.randint(4, (6, 32 // size, size), generator=generator)
+    codes_OGS[..., :4] = torch.arange(4)
+    scale_OG1 = torch.rand(6, 32 // size, 1, generator=generator) + 0.1
+    weight_OI = ((codes_OGS - 1.3) * scale_OG1).flatten(1)
+    assert most_values(weight_OI, group_size) == 4
+    assert most_values(weight_OI.bfloat16(), group_size) == 4
+    weight_OI[3, 5] += 0.01
+    assert most_values(weight_OI, group_size) == 5
+
+
+def test_a_folder_is_held_to_the_grid(tmp_path: Path) -> None:
+    source, scheme = tiny_folder("llama", tmp_path / "source", dtype=torch.bfloat16), Scheme.parse("W3A16g32")
+    solved = tmp_path / "solved"
+    quantize(Recipe(model=str(source), out=str(solved), method="rtn", scheme=scheme, eval=Eval(datasets=(), seqlen=64)))
+    written = export_model(solved, ["dense"], out=tmp_path)[0].path
+    dense, original = open_checkpoint(written), open_checkpoint(source)
+    found = check_grid(dense, original, bits=3, group_size=32)
+    assert found["allowed"] == 8 and found["most_values"] == 8 and found["linears"] >= 14
+    with pytest.raises(ValueError, match="2 bits allow 4"):
+        check_grid(dense, original, bits=2, group_size=32)
+    with pytest.raises(ValueError, match="different values"):
+        check_grid(original, original, bits=3, group_size=32)
+
+
+def test_a_process_is_measured_and_its_last_words_kept(tmp_path: Path) -> None:
+    log, env = tmp_path / "log", child.environment(1)
+    used = child.run([sys.executable, "-c", "print(sum(range(10**6)))"], cwd=tmp_path, log=log, env=env)
+    assert used.wall_seconds >= 0 and used.cpu_seconds >= 0 and 1 <= used.peak_memory_mb < 10_000
+    broken = "print('10 %\\r20 %\\rdone'); raise SystemExit('no such grid')"
+    with pytest.raises(BrokenRunError, match=r"exit code 1\ndone\nno such grid"):
+        child.run([sys.executable, "-u", "-c", broken], cwd=tmp_path, log=log, env=env)
+
+
+def test_the_one_that_measures_stays_small() -> None:
+    code = "import sys, benchmarks.peers.__main__; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_table() -> None:
+    cost = {"wall_seconds": 90.0, "cpu_seconds": 150.0, "peak_memory_mb": 1234, "threads": 2}
+    cell = {"setting": "W2A16g64", "version": "1.2", "calibration": "128 x 512 tokens, abc", **cost}
+    cells = {
+        ORIGINAL: {"wikitext2": 20.0, "enwiki": 15.0},
+        "W2A16g64/hqq": {**cell, "program": "hqq", "wikitext2": 40.0, "enwiki": 15.0},
+        "W2A16g64/lwc": {**cell, "program": "makeweight", "wikitext2": 30.0, "enwiki": 18.0},
+        "W2A16g64/auto-round": {"setting": "W2A16g64", "program": "auto-round", "error": "no such grid"},
+    }
+    lines = markdown(cells).splitlines()
+    assert lines[2] == "| original |  | 20.00 | 15.00 | - | - | - | - | - |"
+    assert lines[3] == "| `lwc` | makeweight 1.2 | 30.00 | 18.00 | 0.405 | 0.182 | 1.5 | 2.5 | 1.2 |"
+    assert lines[4].startswith("| `auto-round` | auto-round (failed) | - |")
+    assert lines[5] == "| `hqq` | hqq 1.2 | 40.00 | 15.00 | 0.693 | 0.000 | 1.5 | 2.5 | 1.2 |"
+    assert len({line.count("|") for line in lines[:6]}) == 1
+    assert "128 x 512 tokens; threads: 2" in markdown(cells)
+    assert "Not run: GPTQModel" in markdown(cells)
