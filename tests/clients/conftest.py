@@ -14,6 +14,18 @@ from makeweight.pipeline import quantize
 from makeweight.recipe import Eval, Recipe
 
 Exporter = Callable[[str, str], Path]
+Tell = Callable[[str], None]
+
+
+@pytest.fixture
+def tell(capsys: pytest.CaptureFixture[str]) -> Tell:
+    """Return a function that prints a measured figure whether or not the test fails."""
+
+    def say(text: str) -> None:
+        with capsys.disabled():
+            print(f"\n{text}")
+
+    return say
 
 
 @pytest.fixture(scope="session")

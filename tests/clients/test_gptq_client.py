@@ -39,8 +39,11 @@ def python() -> Path:
 
 
 @pytest.mark.parametrize(("scheme", "form"), CASES)
-def test_weights_and_logits(scheme: str, form: str, python: Path, exported: Callable[[str, str], Path]) -> None:
+def test_weights_and_logits(
+    scheme: str, form: str, python: Path, exported: Callable[[str, str], Path], tell: Callable[[str], None]
+) -> None:
     found = ask(python, SCRIPT, str(exported(scheme, form)), str(exported(scheme, "dense")))
+    tell(f"auto-round {form} {scheme}: {found}")
     assert found["kernels"] == [KERNELS[form]]
     assert (found["linears"], found["unequal"]) == (210, 0)
     assert found["bfloat16"] <= 2 * found["noise"], found

@@ -129,7 +129,7 @@ def written(exported: Callable[[str, str], Path], tmp_path_factory: pytest.TempP
     [("W4A16g64_sym", "Q4_0"), ("W4A16g64", "Q4_1"), ("W8A16g64_sym", "Q8_0"), ("W2A16g64_sym", "Q2_0")],
 )
 def test_perplexity_is_ours(
-    scheme: str, block: str, written: Callable[[str], Path], ask: Ask, capsys: pytest.CaptureFixture[str]
+    scheme: str, block: str, written: Callable[[str], Path], ask: Ask, tell: Callable[[str], None]
 ) -> None:
     """What is left of a difference comes from llama.cpp, which rounds what enters a linear to 8 bits."""
     folder = written(scheme)
@@ -141,8 +141,7 @@ def test_perplexity_is_ours(
     found = ask(folder, tokens=window[0].tolist())
     assert len(found["nll"]) == TOKENS - 1
     theirs = math.exp(sum(found["nll"]) / len(found["nll"]))
-    with capsys.disabled():
-        print(f"\n{block}: llama.cpp {found['build']} {theirs:.4f}, ours {ours:.4f}, {theirs / ours - 1:+.3%}")
+    tell(f"{block}: llama.cpp {found['build']} {theirs:.4f}, ours {ours:.4f}, {theirs / ours - 1:+.3%}")
     assert theirs == pytest.approx(ours, rel=5e-3)
 
 

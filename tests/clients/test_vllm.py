@@ -140,7 +140,9 @@ def served(
         yield Served(case=case, folder=folder, url=url)
 
 
-def test_text_is_greedy(served: Served, exported: Callable[[str, str], Path], tmp_path: Path) -> None:
+def test_text_is_greedy(
+    served: Served, exported: Callable[[str, str], Path], tmp_path: Path, tell: Callable[[str], None]
+) -> None:
     """Token by token: transformers, given the same beginning, would have chosen the same one or nearly."""
     answers = [served.complete(prompt, max_tokens=NEW_TOKENS, return_token_ids=True) for prompt in PROMPTS]
     texts = [{"prompt": answer["prompt_token_ids"], "chosen": answer["token_ids"]} for answer in answers]
@@ -150,12 +152,14 @@ def test_text_is_greedy(served: Served, exported: Callable[[str, str], Path], tm
     twin = exported(served.case.scheme, "compressed-tensors")
     gaps = [gap for text in environments.ask(transformers_python(), SCRIPT, str(twin), str(file)) for gap in text]
     found = [(answer["text"], answer["token_ids"]) for answer in answers]
+    differ = sum(gap != 0 for gap in gaps)
+    tell(f"vLLM {served.case}: {differ} of {len(gaps)} tokens differ, by {max(gaps):.3f} of a logit at most")
     assert len(gaps) > 2 * NEW_TOKENS, found
     assert max(gaps) <= served.case.margin, (gaps, found)
     assert sum(gap == 0 for gap in gaps) >= 0.9 * len(gaps), (gaps, found)
 
 
-def test_perplexity_is_ours(served: Served) -> None:
+def test_perplexity_is_ours(served: Served, tell: Callable[[str], None]) -> None:
     checkpoint = open_checkpoint(served.folder.parent / "solved")
     windows_NT = evaluation_windows(checkpoint.tokenizer(), "python-docs", seqlen=512, windows=8)
     ours = float(window_nll(checkpoint, windows_NT, dtype=getattr(torch, served.case.dtype)).mean())
@@ -164,4 +168,6 @@ def test_perplexity_is_ours(served: Served) -> None:
         # One entry per token but the first: the token itself, with what it was given.
         entries = served.complete(tokens, max_tokens=1, prompt_logprobs=0)["prompt_logprobs"][1:]
         losses += [-entry[str(token)]["logprob"] for entry, token in zip(entries, tokens[1:], strict=True)]
-    assert math.exp(sum(losses) / len(losses) - ours) == pytest.approx(1, abs=0.005)
+    ratio = math.exp(sum(losses) / len(losses) - ours)
+    tell(f"vLLM {served.case}: perplexity {ratio - 1:+.3%} from ours")
+    assert ratio == pytest.approx(1, abs=0.005)
