@@ -56,6 +56,13 @@ def test_memory_follows_the_samples_and_the_look_ahead_but_not_the_depth(recipe:
     assert of(recipe, ckpt, method="lwc+sde").memory_bytes < whole
 
 
+def test_what_reads_inputs_and_what_learns_at_the_end_is_counted(recipe: Recipe, ckpt: Checkpoint) -> None:
+    for more, less in (("scale+lwc", "lwc"), ("clip+sde", "mse+sde"), ("lwc+e2e", "lwc"), ("rtn+e2e", "rtn")):
+        assert of(recipe, ckpt, method=more).seconds > of(recipe, ckpt, method=less).seconds
+    assert of(recipe, ckpt, method="scale+lwc").memory_bytes > of(recipe, ckpt, method="lwc").memory_bytes
+    assert of(recipe, ckpt, method="rtn+e2e").memory_bytes > of(recipe, ckpt, method="rtn").memory_bytes
+
+
 def test_disk_follows_the_bits(recipe: Recipe, ckpt: Checkpoint) -> None:
     three = of(recipe, ckpt).disk_bytes
     eight = of(replace(recipe, scheme=Scheme(bits=8, group_size=32)), ckpt).disk_bytes

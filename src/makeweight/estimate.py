@@ -100,7 +100,10 @@ def _learning(plan: Plan, recipe: Recipe, ckpt: Checkpoint, shapes: Sequence[tup
     streams = (3 + ahead) * calib.nsamples * calib.seqlen * config.hidden_size * 2
     factors = sum((rows + columns) * min(rows, columns) for rows, columns in shapes) * 2
     chain = weights * (4 * 6 + plan.weight_bytes) + (0 if plan.band is None else factors)
-    products = 0 if plan.rounding is None else 4 * 4 * max(columns for _, columns in shapes) ** 2
+    reads = any(step.reads_inputs for step in (*plan.exact, plan.grid))
+    products = 4 * sum(columns**2 for _, columns in shapes) if reads else 0
+    if plan.rounding is not None:
+        products = max(products, 4 * 4 * max(columns for _, columns in shapes) ** 2)
     activations = 34 * tune.batch_size * calib.seqlen * config.hidden_size * 2 * (1 + ahead)
     return streams + (1 + ahead) * weights * 2 + chain + products + activations
 
@@ -137,11 +140,16 @@ def _block_work(plan: Plan, recipe: Recipe, ckpt: Checkpoint, shapes: Sequence[t
     hidden, calib, tune = ckpt.config.get_text_config().hidden_size, recipe.calib, recipe.tune
     ahead = len(plan.loss.weights()) - 1
     passes = 2 / 3 * block_flops(shapes, hidden, calib.nsamples, calib.seqlen)
+    tokens = calib.nsamples * calib.seqlen
     if plan.rounding is not None:
         # A pass and the products of inputs per group of linears, of which blocks have about four; then the feedback.
-        tokens = calib.nsamples * calib.seqlen
         passes *= 3
         passes += sum(2 * tokens * columns**2 + 2 * rows * columns**2 for rows, columns in shapes)
+    for step in (*plan.exact, plan.grid):
+        if step.reads_inputs:
+            # A pass with the products of inputs, then about twenty candidates against them.
+            passes += block_flops(shapes, hidden, calib.nsamples, calib.seqlen) / 3
+            passes += sum(2 * tokens * columns**2 + 40 * rows * columns**2 for rows, columns in shapes)
     if not plan.learns:
         return passes
     return passes + tune.steps * step_flops(shapes, hidden, tune.batch_size, calib.seqlen, ahead=ahead, band=plan.band)
