@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from makeweight.errors import UserError
 from makeweight.methods.base import Context, FinetuneStep, Learnables, Params, Refinement
 from makeweight.numerics.grid import from_codes, grouped
 from makeweight.numerics.qtensor import QTensor
@@ -90,6 +91,10 @@ class E2e(FinetuneStep):
     rate: float = 5e-3
     norms: bool = True
     norm_rate: float = 1e-3
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.batch_size < 1:
+            raise UserError(f"e2e: steps {self.steps} and batch_size {self.batch_size} must be at least 1.")
 
     def build(self, codes: Mapping[str, QTensor], rest: Params, context: Context) -> Refinement:  # noqa: D102
         return Scales(codes, rest, context, self)
