@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from makeweight.errors import UserError
 from makeweight.methods.base import Context, Grid, GridStep
 from makeweight.methods.grid.clip import GroupedGrid, Rtn
 from makeweight.methods.grid.gptq import Gptq
-from makeweight.methods.grid.rounding import Rounding
+from makeweight.methods.grid.rounding import REACH, Rounding, RoundingGrid
 from makeweight.methods.grid.search import Hqq, MseRange, Percentile
 from makeweight.methods.grid.stepsize import LEAST, StepGrid, StepSize
 from makeweight.numerics.scheme import Scheme
@@ -50,6 +51,17 @@ def test_steps_stay_where_they_are_allowed(symmetric: bool) -> None:
     assert symmetric or torch.cat([zero.flatten() for zero in grid.zeros.values()]).aminmax() == (-4, 3)
     for name, quantized in grid.codes(state).items():
         assert (quantized.scale_OG > 0).all() and quantized.scale_OG.isfinite().all(), name
+
+
+@pytest.mark.parametrize("descent", ["adam", "sign"])
+def test_rounding_may_travel_a_whole_run_to_the_next_code(descent: Literal["adam", "sign"]) -> None:
+    state, where = a_state(), context(Scheme(bits=3, group_size=16))
+    grid = Rounding(descent=descent).build(state, where)
+    (group,) = grid.learnables()
+    assert (group.descent, group.rate * group.unit * where.steps) == (descent, 2 * REACH)
+    perturb(grid, 1e3)
+    assert isinstance(grid, RoundingGrid)
+    assert all(offset_OI.abs().max() == REACH for offset_OI in grid.offsets.values())
 
 
 def test_steps_do_not_follow_the_weights() -> None:

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+from makeweight.errors import UserError
 from makeweight.methods.base import Context, Grid, GridStep, Learnables, State
 from makeweight.methods.grid.clip import RangeGrid
 
@@ -27,9 +28,9 @@ REACH = 0.5
 class RoundingGrid(RangeGrid):
     """Ranges shrunk by learned factors, and an offset of at most half a step for every weight."""
 
-    def __init__(self, state: State, context: Context, *, rate: float) -> None:
+    def __init__(self, state: State, context: Context, step: Rounding) -> None:
         super().__init__(context)
-        self.rate = rate
+        self.step = step
         self.names = {name: name.replace(".", "-") for name in state}
         self.offsets, self.low, self.high = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
         for name, weight_OI in state.items():
@@ -46,7 +47,7 @@ class RoundingGrid(RangeGrid):
 
     def learnables(self) -> Iterator[Learnables]:  # noqa: D102
         params = (*self.offsets.values(), *self.low.values(), *self.high.values())
-        yield Learnables("autoround", params, self.rate, 1 / max(1, self.context.steps), "sign")
+        yield Learnables("autoround", params, self.step.rate, 1 / max(1, self.context.steps), self.step.descent)
 
     def constrain(self) -> None:  # noqa: D102
         for offset_OI in self.offsets.values():
@@ -57,10 +58,18 @@ class RoundingGrid(RangeGrid):
 
 @dataclass(frozen=True, kw_only=True)
 class Rounding(GridStep):
-    """Learn the rounding of every weight; `rate` is twice the way, in steps of the scale, that a run can travel."""
+    """Learn the rounding of every weight; `rate` is twice the way, in steps of the scale, that a run can travel.
 
-    weight_bytes: ClassVar[int] = 3 * 4
+    `descent` is `sign`, or `adam` for AdamW, whose moments take two more numbers for every weight.
+    """
+
+    weight_bytes: ClassVar[int] = 5 * 4
     rate: float = 1.0
+    descent: Literal["adam", "sign"] = "sign"
+
+    def __post_init__(self) -> None:
+        if self.descent not in ("adam", "sign"):
+            raise UserError(f"autoround: descent {self.descent!r} is unknown: choose adam or sign.")
 
     def build(self, state: State, context: Context) -> Grid:  # noqa: D102
-        return RoundingGrid(state, context, rate=self.rate)
+        return RoundingGrid(state, context, self)
