@@ -117,7 +117,7 @@ def _finetuning(
     for index, found in shapes.items():
         weights = sum(math.prod(shape) for shape in found)
         group = recipe.scheme.group_size if recipe.scheme.group_size > 0 else found[0][1]
-        memory += weights * (1 + 24 / group) if index in blocks else 2 * weights
+        memory += weights * (1 + 24 / group + step.weight_bytes) if index in blocks else 2 * weights
     memory += 2 * calib.nsamples * calib.seqlen * config.hidden_size * 2
     memory += (len(shapes) + 34) * step.batch_size * calib.seqlen * config.hidden_size * 2
     largest = max(sum(math.prod(shape) for shape in found) for found in shapes.values())

@@ -50,8 +50,8 @@ class Plan:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes per weight of what the steps learn, where that is not small."""
-        return sum(step.weight_bytes for step in self.steps)
+        """Bytes per weight of what the steps learn block by block, where that is not small."""
+        return sum(step.weight_bytes for step in self.steps if step is not self.finetune)
 
     @property
     def band(self) -> int | None:

@@ -53,12 +53,19 @@ class Store:
         self.folder.write(index + 1, tensors, {**committed.report, "digest": digest, "bits": bits}, verify)
 
     def refine(self, index: int, learned: Mapping[str, Tensor]) -> None:
-        """Put learned scales and other parameters, by block and name, into a shard; twice is the same as once."""
+        """Put what was learned, by block and name, into a shard; twice is the same as once."""
         codes, rest = self.solved(index)
-        scaled = {name: replace(tensor, scale_OG=learned[f"{index}.{name}"]) for name, tensor in codes.items()}
+        refined = {
+            name: replace(
+                tensor,
+                scale_OG=learned[f"{index}.{name}"],
+                codes_OI=learned.get(f"{index}.{name}.codes", tensor.codes_OI),
+            )
+            for name, tensor in codes.items()
+        }
         rest |= {name: learned[f"{index}.{name}"] for name in rest if f"{index}.{name}" in learned}
         report = {k: v for k, v in (self.folder.report(index + 1) or {}).items() if k not in ("digest", "bits")}
-        self.commit(index, Committed(codes=scaled, rest=rest, report=report))
+        self.commit(index, Committed(codes=refined, rest=rest, report=report))
 
     def weights(self, index: int) -> dict[str, Tensor]:
         """Return what a shard's block is run with, by name of a linear or of a parameter, in the forward's dtype."""

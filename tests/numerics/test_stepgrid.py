@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from makeweight.numerics.grid import grouped, qparams, ranges
+from makeweight.numerics.grid import from_codes, grouped, qparams, ranges, to_codes
 from makeweight.numerics.scheme import Scheme
-from makeweight.numerics.stepgrid import stepped_grid, stored
+from makeweight.numerics.stepgrid import moved_codes, moving_grid, stepped_grid, stored
 from tests.numerics.test_grid import Round, leaves
 
 
@@ -113,3 +113,29 @@ def test_inputs_are_left_alone_and_gradients_keep_fp32_under_bf16() -> None:
     for low_precision, full in zip(*grads, strict=True):
         assert low_precision.dtype == torch.float32 and torch.equal(low_precision, full)
     assert all(torch.equal(t.detach(), copy) for t, copy in zip((*given, pull), copies, strict=True))
+
+
+@pytest.mark.parametrize("symmetric", [False, True], ids=["asym", "sym"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_codes_move_straight_through(bits: int, symmetric: bool) -> None:
+    scheme, group = Scheme(bits=bits, group_size=8, symmetric=symmetric), 8
+    weight, scale, zero = a_case(scheme, group)
+    scale, zero = stored(scale, zero, scheme, torch.float64)
+    codes = to_codes(grouped(weight, group), scale, zero, scheme).flatten(1).to(torch.int8)
+    still = moving_grid(codes, torch.zeros_like(weight), scale, zero, scheme, torch.float64)
+    assert torch.equal(still, from_codes(grouped(codes.double(), group), scale, zero).flatten(1))
+    offset = torch.rand(codes.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64) * 2 - 1
+    offset = offset.clamp(scheme.qmin - codes.double(), scheme.qmax - codes.double())
+    ours, theirs = leaves(offset, scale), leaves(offset, scale)
+    moved = moving_grid(codes, ours[0], ours[1], zero, scheme, torch.float64)
+    rounded: Any = Round.apply(codes + theirs[0])
+    written_out = from_codes(grouped(rounded, group), theirs[1], zero).flatten(1)
+    assert torch.equal(moved, written_out)
+    assert torch.equal(moved_codes(codes, offset, scheme), rounded.to(torch.int8))
+    assert not torch.equal(moved, still)
+    pull = torch.randn(moved.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for result in (moved, written_out):
+        result.backward(pull)
+    for own, other in zip(ours, theirs, strict=True):
+        assert own.grad is not None and other.grad is not None
+        torch.testing.assert_close(own.grad, other.grad, rtol=1e-12, atol=1e-12)

@@ -26,6 +26,7 @@ from tests.tiny import tiny_folder
 
 NOT_MEASURED = Eval(datasets=(), seqlen=64)
 STEPS = {"e2e": {"steps": 12, "batch_size": 2, "rate": 2e-2}}
+ROUNDING = {"e2e": {**STEPS["e2e"], "rounding": True, "steps": 24, "rounding_rate": 0.05}}
 
 
 @pytest.fixture(autouse=True)
@@ -65,12 +66,13 @@ def divergence(source: Path, out: Path, tokens_NT: Tensor) -> float:
     return float(F.kl_div(ours, theirs, reduction="sum", log_target=True)) / tokens_NT.numel()
 
 
+@pytest.mark.parametrize("rounding", [False, True])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "opt", "phi3"])
-def test_the_loss_is_that_of_the_written_model(family: str, text: Path, tmp_path: Path) -> None:
+def test_the_loss_is_that_of_the_written_model(family: str, rounding: bool, text: Path, tmp_path: Path) -> None:
     source, out = tiny_folder(family, tmp_path / "source"), tmp_path / "out"
     recipe = a_recipe(source, out, text, method="mse", options={})
     quantize(recipe)
-    tuner = tuner_of(replace(recipe, method="mse+e2e"), out, E2e())
+    tuner = tuner_of(replace(recipe, method="mse+e2e"), out, E2e(rounding=rounding))
     tokens_NT = calibration_tokens(open_checkpoint(source).tokenizer(), str(text), nsamples=8, seqlen=32, seed=0)
     index = torch.arange(8)
     with torch.no_grad():
@@ -100,9 +102,12 @@ def test_gradients_are_those_of_a_small_move(llama: Path, text: Path, tmp_path: 
         assert float(parameter.grad.sum()) == pytest.approx(slope, abs=1e-3), name
 
 
-def test_it_brings_the_written_model_nearer(llama: Path, text: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [STEPS, ROUNDING], ids=["scales", "codes"])
+def test_it_brings_the_written_model_nearer(
+    options: dict[str, dict[str, Any]], llama: Path, text: Path, tmp_path: Path
+) -> None:
     quantize(a_recipe(llama, tmp_path / "plain", text, method="mse", options={}))
-    record = quantize(a_recipe(llama, tmp_path / "out", text))
+    record = quantize(a_recipe(llama, tmp_path / "out", text, options=options))
     tokens_NT = calibration_tokens(open_checkpoint(llama).tokenizer(), str(text), nsamples=8, seqlen=32, seed=0)
     before, after = (divergence(llama, tmp_path / name, tokens_NT) for name in ("plain", "out"))
     assert after < 0.95 * before
@@ -110,20 +115,31 @@ def test_it_brings_the_written_model_nearer(llama: Path, text: Path, tmp_path: P
     ours, plain = tensors(tmp_path / "out"), tensors(tmp_path / "plain")
     assert ours.keys() == plain.keys()
     changed = {name for name in ours if not torch.equal(ours[name], plain[name])}
-    assert all(name.endswith("weight_scale") or "norm" in name for name in changed)
+    kinds = ("weight_scale", "norm.weight", *(["weight_packed"] if options is ROUNDING else []))
+    assert {kind for kind in kinds if any(name.endswith(kind) for name in changed)} == set(kinds)
+    assert all(name.endswith(kinds) for name in changed)
     assert {name for name in ours if name.endswith("weight_scale")} <= changed
 
 
-def test_what_is_frozen_is_what_ran(llama: Path, text: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("rounding", [False, True])
+def test_what_is_frozen_is_what_ran(rounding: bool, llama: Path, text: Path, tmp_path: Path) -> None:
     recipe = a_recipe(llama, tmp_path / "out", text, method="mse", options={})
     quantize(recipe)
-    tuner = tuner_of(replace(recipe, method="mse+e2e"), tmp_path / "out", E2e(steps=4, rate=0.5))
-    tuner.run()
-    for part in tuner.refinements().values():
+    tuner = tuner_of(
+        replace(recipe, method="mse+e2e"),
+        tmp_path / "out",
+        E2e(steps=4, rate=0.5, rounding=rounding, rounding_rate=2.0),
+    )
+    for _ in range(4):
+        tuner.at.step += 1
+        assert tuner._learn()  # pyright: ignore[reportPrivateUsage]
+    for index, part in tuner.refinements().items():
         ran = part()
         for name, held in part.freeze().items():
             assert torch.equal(held.dequantize(torch.bfloat16), ran[name])
             assert held.scale_OG.min() > 0
+            assert held.codes_OI.min() >= recipe.scheme.qmin and held.codes_OI.max() <= recipe.scheme.qmax
+            assert torch.equal(held.codes_OI, tuner.solved[index][0][name].codes_OI) is not rounding
         assert all(tensor.min() >= LEAST for tensor in part.get_submodule("factors").parameters())
 
 
@@ -142,7 +158,7 @@ class Killed(BaseException):
     ],
 )
 def test_killed_on_the_way(owner: type, name: str, call: int, llama: Path, text: Path, tmp_path: Path) -> None:
-    recipe = a_recipe(llama, tmp_path / "out", text, blocks=(1, 3))
+    recipe = a_recipe(llama, tmp_path / "out", text, blocks=(1, 3), options=ROUNDING)
     original, calls = getattr(owner, name), 0
 
     def dies(*args: Any, **kwargs: Any) -> Any:

@@ -147,8 +147,11 @@ class Step(ABC):
     """Whether it is built from the inputs of linears."""
     needs_edges: ClassVar[bool] = False
     """Whether it needs to know which outputs of a block feed which inputs."""
-    weight_bytes: ClassVar[int] = 0
-    """Memory of its learnables with gradients, moments and best state, in bytes per weight where it is not small."""
+
+    @property
+    def weight_bytes(self) -> int:
+        """Memory of its learnables with gradients, moments and best state: bytes per weight where it is not small."""
+        return 0
 
     def conflicts(self, others: tuple[Step, ...]) -> str | None:
         """Return why this step cannot stand beside the others, as a clause, or None where it can."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -30,6 +30,11 @@ class QTensor:
         zero_OG = torch.zeros_like(scale_OG) if self.zero_OG is None else self.zero_OG.float()
         group = self.codes_OI.shape[1] // scale_OG.shape[1]
         return from_codes(grouped(self.codes_OI.float(), group), scale_OG, zero_OG).flatten(1).to(dtype)
+
+    def to(self, device: torch.device) -> QTensor:
+        """Return it on a device."""
+        zero_OG = None if self.zero_OG is None else self.zero_OG.to(device)
+        return replace(self, codes_OI=self.codes_OI.to(device), scale_OG=self.scale_OG.to(device), zero_OG=zero_OG)
 
     def digest(self) -> str:
         """Return a SHA-256 over codes, zero-points and scales: equal digests mean equal matrices."""

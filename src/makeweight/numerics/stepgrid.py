@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from makeweight.numerics.grid import grouped, scale_slope, to_codes
+from makeweight.numerics.grid import from_codes, grouped, scale_slope, to_codes
 from makeweight.numerics.scheme import Scheme
 
 
@@ -59,6 +59,52 @@ class _SteppedGrid(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_weight = inside_OGS.mul_(grad_OGS).flatten(1)
         return grad_weight, grad_scale, grad_zero, None, None, None
+
+
+class _MovedCodes(torch.autograd.Function):
+    """Codes that move and scales that stretch them, with the gradient in closed form; nothing but codes is kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        offset_OI: Tensor,
+        scale_OG: Tensor,
+        codes_OI: Tensor,
+        zero_OG: Tensor,
+        scheme: Scheme,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        moved_OI = _moved(codes_OI, offset_OI, scheme)
+        ctx.save_for_backward(moved_OI.to(torch.int8), scale_OG, zero_OG)
+        return from_codes(_view(moved_OI, scale_OG), scale_OG, zero_OG).flatten(1).to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        moved_OI, scale_OG, zero_OG = ctx.saved_tensors
+        grad_OGS = _view(grads[0].to(scale_OG.dtype), scale_OG)
+        level_OGS = _view(moved_OI.to(scale_OG.dtype), scale_OG).sub_(zero_OG.unsqueeze(-1))
+        grad_scale = level_OGS.mul_(grad_OGS).sum(-1)
+        return (grad_OGS * scale_OG.unsqueeze(-1)).flatten(1), grad_scale, None, None, None, None
+
+
+def moved_codes(codes_OI: Tensor, offset_OI: Tensor, scheme: Scheme) -> Tensor:
+    """Return the codes nearest to codes plus learned offsets, int8."""
+    return _moved(codes_OI, offset_OI, scheme).to(torch.int8)
+
+
+def _moved(codes_OI: Tensor, offset_OI: Tensor, scheme: Scheme) -> Tensor:
+    return (codes_OI + offset_OI).round_().clamp_(scheme.qmin, scheme.qmax)
+
+
+def moving_grid(
+    codes_OI: Tensor, offset_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor, scheme: Scheme, dtype: torch.dtype
+) -> Tensor:
+    """Return the matrix that `moved_codes` stand for, (O, I) in `dtype`, differentiable in offsets and scales.
+
+    Rounding is straight-through: an offset, in codes, gets the scale, and a scale the code's distance from zero.
+    Offsets that stay within the range of the codes are never clipped.
+    """
+    return _MovedCodes.apply(offset_OI, scale_OG, codes_OI, zero_OG, scheme, dtype)  # pyright: ignore[reportReturnType]
 
 
 def _view(weight_OI: Tensor, scale_OG: Tensor) -> Tensor:

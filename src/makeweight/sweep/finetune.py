@@ -61,7 +61,7 @@ class Finetune:
         device: torch.device,
         seed: int,
     ) -> None:
-        self.ckpt, self.step, self.device = ckpt, step, device
+        self.ckpt, self.step, self.solved, self.device = ckpt, step, solved, device
         self.skeleton = ckpt.skeleton().requires_grad_(False)
         place(self.skeleton, device, context.dtype)
         captured = capture(self.skeleton, ckpt.spec.blocks, tokens_NT, dtype=context.dtype)
@@ -75,6 +75,8 @@ class Finetune:
             self.last_NTD = advance(block, self.last_NTD, batch_size=step.batch_size, device=device)
             if index in solved:
                 codes, rest = solved[index]
+                codes = {name: tensor.to(device) for name, tensor in codes.items()}
+                rest = {name: tensor.to(device) for name, tensor in rest.items()}
                 self.parts[str(index)] = step.build(codes, rest, context).to(device)
                 block.drop(codes)
             self.blocks.append(block)
@@ -122,10 +124,13 @@ class Finetune:
 
     @torch.no_grad()
     def freeze(self) -> dict[str, Tensor]:
-        """Return what has changed: scales as they are stored, and other parameters, by block and name."""
+        """Return what may have changed as it is stored, by block and name: scales, codes that moved, the rest."""
         found: dict[str, Tensor] = {}
         for index, part in self.refinements().items():
-            found |= {f"{index}.{name}": held.scale_OG for name, held in part.freeze().items()}
+            for name, held in part.freeze().items():
+                found[f"{index}.{name}"] = held.scale_OG
+                if not torch.equal(held.codes_OI, self.solved[index][0][name].codes_OI.to(self.device)):
+                    found[f"{index}.{name}.codes"] = held.codes_OI
             found |= {f"{index}.{name}": tensor for name, tensor in part.learned_rest().items()}
         return found
 

@@ -1,9 +1,12 @@
-"""End-to-end training of the scales (E2E-QP): codes and zero-points stay, every scale of the network is learned.
+"""End-to-end training of the scales (E2E-QP) and, where asked, of the codes as well.
 
 The loss is that of the whole network, so that scales make up for what block-wise learning could not see. Nothing is
 added to the result: scales are stored anyway. `norms` learns the norms' weights as well, which are stored at 16 bits.
-Source: arXiv 2407.11062 (EfficientQAT, section 3.3). Learning a factor of each scale, and the distance to the
-original's predictions instead of the text's next token, are ours: a few hundred sequences teach no language.
+`rounding` lets every code move: an offset is learned for each, and the code that is nearest counts. It needs four
+numbers for every weight of the network at once, which the blocks before it never do.
+Sources: arXiv 2407.11062 (EfficientQAT, section 3.3); arXiv 2305.17888 (LLM-QAT) for learning all weights by the
+original's predictions. Learning a factor of each scale, and offsets of solved codes, are ours, as is the distance to
+the original's predictions in place of the text's next token for scales: a few hundred sequences teach no language.
 
 Shapes: O out, I in, G groups per row.
 """
@@ -20,7 +23,7 @@ from makeweight.errors import UserError
 from makeweight.methods.base import Context, FinetuneStep, Learnables, Params, Refinement
 from makeweight.numerics.grid import from_codes, grouped
 from makeweight.numerics.qtensor import QTensor
-from makeweight.numerics.stepgrid import stored
+from makeweight.numerics.stepgrid import moved_codes, moving_grid, stored
 
 LEAST = 0.01
 """The smallest share of its first scale that a scale can shrink to."""
@@ -36,6 +39,10 @@ class Scales(Refinement):
         self.factors = nn.ParameterDict(
             {self.names[name]: torch.ones_like(held.scale_OG, dtype=torch.float32) for name, held in codes.items()}
         )
+        self.offsets = nn.ParameterDict()
+        if step.rounding:
+            for name, held in codes.items():
+                self.offsets[self.names[name]] = torch.zeros(held.codes_OI.shape)
         self.rest = rest
         self.learned = tuple(name for name in rest if step.norms and "norm" in name)
         self.norms = nn.ParameterDict({self.names[name]: rest[name].float() for name in self.learned})
@@ -56,11 +63,16 @@ class Scales(Refinement):
     def _weight(self, name: str) -> Tensor:
         held, scale_OG = self.codes[name], self.scales(name)
         zero_OG = torch.zeros_like(scale_OG) if held.zero_OG is None else held.zero_OG.float()
+        if self.step.rounding:
+            offset_OI = self.offsets[self.names[name]]
+            return moving_grid(held.codes_OI, offset_OI, scale_OG, zero_OG, held.scheme, self.context.dtype)
         codes_OGS = grouped(held.codes_OI.float(), held.codes_OI.shape[1] // scale_OG.shape[1])
         return from_codes(codes_OGS, scale_OG, zero_OG).flatten(1).to(self.context.dtype)
 
     def learnables(self) -> Iterator[Learnables]:  # noqa: D102
         yield Learnables("e2e", tuple(self.factors.values()), self.step.rate)
+        if self.offsets:
+            yield Learnables("e2e.rounding", tuple(self.offsets.values()), self.step.rounding_rate)
         if self.learned:
             offset = self.context.spec.norm_offset if self.context.spec else 0.0
             size = torch.cat([self.rest[name].float() + offset for name in self.learned]).square().mean().sqrt()
@@ -69,21 +81,32 @@ class Scales(Refinement):
     def constrain(self) -> None:  # noqa: D102
         for factor_OG in self.factors.values():
             factor_OG.clamp_(min=LEAST)
+        for name, held in self.codes.items() if self.offsets else ():
+            scheme, offset_OI = held.scheme, self.offsets[self.names[name]]
+            codes_OI = held.codes_OI.to(offset_OI)  # int8 cannot hold every difference of codes
+            offset_OI.clamp_(scheme.qmin - codes_OI, scheme.qmax - codes_OI)
 
     def learned_rest(self) -> Params:  # noqa: D102
         return {name: self.norms[self.names[name]].detach().to(self.rest[name]) for name in self.learned}
 
     @torch.no_grad()
     def freeze(self) -> dict[str, QTensor]:  # noqa: D102
-        return {name: replace(held, scale_OG=self.scales(name).to(held.scale_OG)) for name, held in self.codes.items()}
+        found = {name: replace(held, scale_OG=self.scales(name).to(held.scale_OG)) for name, held in self.codes.items()}
+        if not self.offsets:
+            return found
+        moved = {
+            name: moved_codes(held.codes_OI, self.offsets[self.names[name]], held.scheme)
+            for name, held in self.codes.items()
+        }
+        return {name: replace(held, codes_OI=moved[name]) for name, held in found.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
 class E2e(FinetuneStep):
-    """Learn all scales at once for `steps` steps of `batch_size` sequences.
+    """Learn all scales at once for `steps` steps of `batch_size` sequences, and with `rounding` all codes.
 
     `rate` is how far one AdamW step moves a scale, relative to its first value; `norm_rate` a norm's weight, relative
-    to their typical size.
+    to their typical size; `rounding_rate` a code, in codes: what is nearest changes beyond half of one.
     """
 
     steps: int = 100
@@ -91,10 +114,16 @@ class E2e(FinetuneStep):
     rate: float = 5e-3
     norms: bool = True
     norm_rate: float = 1e-3
+    rounding: bool = False
+    rounding_rate: float = 1e-2
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch_size < 1:
             raise UserError(f"e2e: steps {self.steps} and batch_size {self.batch_size} must be at least 1.")
+
+    @property
+    def weight_bytes(self) -> int:  # noqa: D102
+        return 5 * 4 if self.rounding else 0
 
     def build(self, codes: Mapping[str, QTensor], rest: Params, context: Context) -> Refinement:  # noqa: D102
         return Scales(codes, rest, context, self)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -63,13 +63,16 @@ class Rounding(GridStep):
     `descent` is `sign`, or `adam` for AdamW, whose moments take two more numbers for every weight.
     """
 
-    weight_bytes: ClassVar[int] = 5 * 4
     rate: float = 1.0
     descent: Literal["adam", "sign"] = "sign"
 
     def __post_init__(self) -> None:
         if self.descent not in ("adam", "sign"):
             raise UserError(f"autoround: descent {self.descent!r} is unknown: choose adam or sign.")
+
+    @property
+    def weight_bytes(self) -> int:  # noqa: D102
+        return 3 * 4 if self.descent == "sign" else 5 * 4
 
     def build(self, state: State, context: Context) -> Grid:  # noqa: D102
         return RoundingGrid(state, context, self)

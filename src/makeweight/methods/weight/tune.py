@@ -42,8 +42,11 @@ class Tune(MapStep):
     """Learn the weights; `rate` is how far one AdamW step moves an entry, relative to the weights' typical size."""
 
     stage: ClassVar[Stage] = Stage.WEIGHT
-    weight_bytes: ClassVar[int] = 5 * 4
     rate: float = 1e-3
+
+    @property
+    def weight_bytes(self) -> int:  # noqa: D102
+        return 5 * 4
 
     def build(self, state: State, context: Context) -> Map:  # noqa: D102
         return TunedWeights(state, self)
