@@ -67,42 +67,39 @@ class _MovedCodes(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        offset_OI: Tensor,
+        offset_OI: Tensor | None,
         scale_OG: Tensor,
         codes_OI: Tensor,
         zero_OG: Tensor,
         scheme: Scheme,
         dtype: torch.dtype,
     ) -> Tensor:
-        moved_OI = _moved(codes_OI, offset_OI, scheme)
-        ctx.save_for_backward(moved_OI.to(torch.int8), scale_OG, zero_OG)
-        return from_codes(_view(moved_OI, scale_OG), scale_OG, zero_OG).flatten(1).to(dtype)
+        if offset_OI is not None:
+            codes_OI = moved_codes(codes_OI, offset_OI, scheme)
+        ctx.save_for_backward(codes_OI, scale_OG, zero_OG)
+        return from_codes(_view(codes_OI, scale_OG), scale_OG, zero_OG).flatten(1).to(dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        moved_OI, scale_OG, zero_OG = ctx.saved_tensors
+        codes_OI, scale_OG, zero_OG = ctx.saved_tensors
         grad_OGS = _view(grads[0].to(scale_OG.dtype), scale_OG)
-        level_OGS = _view(moved_OI.to(scale_OG.dtype), scale_OG).sub_(zero_OG.unsqueeze(-1))
-        grad_scale = level_OGS.mul_(grad_OGS).sum(-1)
-        return (grad_OGS * scale_OG.unsqueeze(-1)).flatten(1), grad_scale, None, None, None, None
+        grad_scale = (_view(codes_OI, scale_OG) - zero_OG.unsqueeze(-1)).mul_(grad_OGS).sum(-1)
+        grad_offset = (grad_OGS * scale_OG.unsqueeze(-1)).flatten(1) if ctx.needs_input_grad[0] else None
+        return grad_offset, grad_scale, None, None, None, None
 
 
 def moved_codes(codes_OI: Tensor, offset_OI: Tensor, scheme: Scheme) -> Tensor:
     """Return the codes nearest to codes plus learned offsets, int8."""
-    return _moved(codes_OI, offset_OI, scheme).to(torch.int8)
-
-
-def _moved(codes_OI: Tensor, offset_OI: Tensor, scheme: Scheme) -> Tensor:
-    return (codes_OI + offset_OI).round_().clamp_(scheme.qmin, scheme.qmax)
+    return (codes_OI + offset_OI).round_().clamp_(scheme.qmin, scheme.qmax).to(torch.int8)
 
 
 def moving_grid(
-    codes_OI: Tensor, offset_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor, scheme: Scheme, dtype: torch.dtype
+    codes_OI: Tensor, offset_OI: Tensor | None, scale_OG: Tensor, zero_OG: Tensor, scheme: Scheme, dtype: torch.dtype
 ) -> Tensor:
-    """Return the matrix that `moved_codes` stand for, (O, I) in `dtype`, differentiable in offsets and scales.
+    """Return the matrix that codes stand for, (O, I) in `dtype`, differentiable in their scales and offsets.
 
     Rounding is straight-through: an offset, in codes, gets the scale, and a scale the code's distance from zero.
-    Offsets that stay within the range of the codes are never clipped.
+    Offsets that stay within the range of the codes are never clipped; None leaves the codes where they are.
     """
     return _MovedCodes.apply(offset_OI, scale_OG, codes_OI, zero_OG, scheme, dtype)  # pyright: ignore[reportReturnType]
 

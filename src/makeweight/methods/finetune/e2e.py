@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from makeweight.errors import UserError
 from makeweight.methods.base import Context, FinetuneStep, Learnables, Params, Refinement
-from makeweight.numerics.grid import from_codes, grouped
 from makeweight.numerics.qtensor import QTensor
 from makeweight.numerics.stepgrid import moved_codes, moving_grid, stored
 
@@ -63,11 +62,8 @@ class Scales(Refinement):
     def _weight(self, name: str) -> Tensor:
         held, scale_OG = self.codes[name], self.scales(name)
         zero_OG = torch.zeros_like(scale_OG) if held.zero_OG is None else held.zero_OG.float()
-        if self.step.rounding:
-            offset_OI = self.offsets[self.names[name]]
-            return moving_grid(held.codes_OI, offset_OI, scale_OG, zero_OG, held.scheme, self.context.dtype)
-        codes_OGS = grouped(held.codes_OI.float(), held.codes_OI.shape[1] // scale_OG.shape[1])
-        return from_codes(codes_OGS, scale_OG, zero_OG).flatten(1).to(self.context.dtype)
+        offset_OI = self.offsets.get(self.names[name])
+        return moving_grid(held.codes_OI, offset_OI, scale_OG, zero_OG, held.scheme, self.context.dtype)
 
     def learnables(self) -> Iterator[Learnables]:  # noqa: D102
         yield Learnables("e2e", tuple(self.factors.values()), self.step.rate)
