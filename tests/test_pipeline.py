@@ -15,7 +15,6 @@ from compressed_tensors.quantization.utils import calculate_qparams
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from makeweight import estimate
 from makeweight.evals.perplexity import evaluate
 from makeweight.models.load import open_checkpoint
 from makeweight.numerics.scheme import Scheme
@@ -28,23 +27,7 @@ from tests.tiny import tiny_folder
 FAMILIES = ("llama", "llama-tied", "qwen3", "gemma3", "opt", "phi3", "gpt-neox")
 PARTS = {"weight_packed", "weight_scale", "weight_shape", "weight_zero_point"}
 NOT_MEASURED = Eval(datasets=(), seqlen=64)
-
-
-@pytest.fixture(autouse=True)
-def known_rate(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Spare every run but one the measurement behind its estimate."""
-    if "preflight" not in request.node.name:
-        monkeypatch.setattr(estimate, "matmul_rate", lambda device: 1e12)
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return a_text(tmp_path_factory.mktemp("text") / "words.txt")
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_folder("llama", tmp_path_factory.mktemp("source") / "llama", max_shard_size="100KB")
+pytestmark = pytest.mark.usefixtures("known_rate")
 
 
 def tokens() -> Tensor:

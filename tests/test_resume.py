@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from makeweight import estimate, pipeline
+from makeweight import pipeline
 from makeweight.errors import UserError
 from makeweight.export.folder import MARKER, Folder
 from makeweight.pipeline import quantize
@@ -21,30 +21,15 @@ from tests.tiny import tiny_folder
 
 OTHERS = {"config.json", "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json"}
 """Files besides the weights that do not depend on the folder's name and the run's seconds."""
+pytestmark = pytest.mark.usefixtures("known_rate")
 
 
 class Killed(BaseException):
     """What no handler of the program catches."""
 
 
-@pytest.fixture(autouse=True)
-def known_rate(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Spare every run the measurement behind its estimate."""
-    monkeypatch.setattr(estimate, "matmul_rate", lambda device: 1e12)
-
-
 def unmeasured(model: Path, out: Path, text: Path, **changes: Any) -> Recipe:
     return small(model, out, text, eval=Eval(datasets=(), seqlen=64), **changes)
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_folder("llama", tmp_path_factory.mktemp("source") / "llama")
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return a_text(tmp_path_factory.mktemp("text") / "words.txt")
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from makeweight import estimate
 from makeweight.calib.data import calibration_tokens
 from makeweight.export.folder import Folder
 from makeweight.methods.finetune.e2e import LEAST, E2e
@@ -21,28 +20,13 @@ from makeweight.recipe import Eval, Recipe
 from makeweight.report.record import Record
 from makeweight.store import Store
 from makeweight.sweep.finetune import Finetune
-from tests.runs import a_text, files, our_logits, small, tensors
+from tests.runs import files, our_logits, small, tensors
 from tests.tiny import tiny_folder
 
 NOT_MEASURED = Eval(datasets=(), seqlen=64)
+pytestmark = pytest.mark.usefixtures("known_rate")
 STEPS = {"e2e": {"steps": 12, "batch_size": 2, "rate": 2e-2}}
 ROUNDING = {"e2e": {**STEPS["e2e"], "rounding": True, "steps": 24, "rounding_rate": 0.05}}
-
-
-@pytest.fixture(autouse=True)
-def known_rate(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Spare every run the measurement behind its estimate."""
-    monkeypatch.setattr(estimate, "matmul_rate", lambda device: 1e12)
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return a_text(tmp_path_factory.mktemp("text") / "words.txt")
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_folder("llama", tmp_path_factory.mktemp("source") / "llama")
 
 
 def a_recipe(model: Path, out: Path, text: Path, **changes: Any) -> Recipe:
