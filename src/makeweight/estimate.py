@@ -119,7 +119,10 @@ def _finetuning(
         group = recipe.scheme.group_size if recipe.scheme.group_size > 0 else found[0][1]
         memory += weights * (1 + 24 / group + step.weight_bytes) if index in blocks else 2 * weights
     memory += 2 * calib.nsamples * calib.seqlen * config.hidden_size * 2
-    memory += (len(shapes) + 34) * step.batch_size * calib.seqlen * config.hidden_size * 2
+    states = step.batch_size * calib.seqlen * config.hidden_size * 2
+    memory += ((len(shapes) + 34) if step.recompute else 34 * len(shapes)) * states
+    if not step.recompute:
+        memory += sum(3 * math.prod(shape) for index in blocks for shape in shapes[index])
     largest = max(sum(math.prod(shape) for shape in found) for found in shapes.values())
     return memory + 4 * 6 * largest + 6 * LOGIT_BYTES
 
@@ -127,12 +130,12 @@ def _finetuning(
 def _finetune_work(
     step: FinetuneStep, recipe: Recipe, ckpt: Checkpoint, shapes: dict[int, list[tuple[int, int]]]
 ) -> float:
-    """Return operations: a forward pass, one more to recompute it, the backward pass, and the head's products."""
+    """Return operations: a forward pass, perhaps one more to recompute it, the backward pass, the head's products."""
     config, calib = ckpt.config.get_text_config(), recipe.calib
     tokens = step.batch_size * calib.seqlen
     blocks = sum(block_flops(found, config.hidden_size, step.batch_size, calib.seqlen) for found in shapes.values())
     head = 2 * tokens * config.hidden_size * config.vocab_size
-    return step.steps * (4 / 3 * blocks + 5 * head)
+    return step.steps * ((4 / 3 if step.recompute else 1) * blocks + 5 * head)
 
 
 def _block_work(plan: Plan, recipe: Recipe, ckpt: Checkpoint, shapes: Sequence[tuple[int, int]]) -> float:

@@ -127,6 +127,17 @@ def test_what_is_frozen_is_what_ran(rounding: bool, llama: Path, text: Path, tmp
         assert all(tensor.min() >= LEAST for tensor in part.get_submodule("factors").parameters())
 
 
+def test_recomputing_changes_nothing_but_memory(llama: Path, text: Path, tmp_path: Path) -> None:
+    digests, said = [], []
+    for recompute in (True, False):
+        options = {"e2e": {**ROUNDING["e2e"], "recompute": recompute}}
+        recipe = a_recipe(llama, tmp_path / str(recompute), text, options=options)
+        said.append(Job.prepare(recipe).estimate.memory_bytes)
+        digests.append(quantize(recipe).digest)
+    assert digests[0] == digests[1]
+    assert said[0] < said[1]
+
+
 class Killed(BaseException):
     """What no handler of the program catches."""
 

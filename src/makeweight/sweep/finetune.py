@@ -1,7 +1,8 @@
 """After the walk: what the quantized network may still learn as a whole, judged by the original's predictions.
 
 The original's last hidden states are computed once. The quantized network runs block by block with its activations
-recomputed in the backward pass, so that memory is that of all codes, the hidden states between blocks, and one block.
+recomputed in the backward pass, so that memory is that of all codes, the hidden states between blocks, and one block;
+a step may ask to keep them instead.
 Shapes: N samples, B batch, T tokens, D hidden, C tokens at a time, V vocabulary.
 """
 
@@ -178,7 +179,10 @@ class Finetune:
         hidden_BTD, refinements = self.first_NTD[index].to(self.device), self.refinements()
         for block in self.blocks:
             part = refinements.get(block.index)
-            hidden_BTD = checkpoint(_run, block, part, hidden_BTD, use_reentrant=False, preserve_rng_state=False)
+            if self.step.recompute:
+                hidden_BTD = checkpoint(_run, block, part, hidden_BTD, use_reentrant=False, preserve_rng_state=False)
+            else:
+                hidden_BTD = _run(block, part, hidden_BTD)
         config = self.ckpt.config.get_text_config()
         chunk = max(1, LOGIT_BYTES // (4 * config.vocab_size))
         ours, theirs = (states.flatten(0, 1).split(chunk) for states in (hidden_BTD, self.last_NTD[index]))

@@ -105,8 +105,6 @@ class E2e(FinetuneStep):
     to their typical size; `rounding_rate` a code, in codes: what is nearest changes beyond half of one.
     """
 
-    steps: int = 100
-    batch_size: int = 4
     rate: float = 5e-3
     norms: bool = True
     norm_rate: float = 1e-3
