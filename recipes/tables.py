@@ -13,7 +13,7 @@ from typing import Any
 from benchmarks.common import RESULTS, ROOT, table
 
 START, END = "<!-- results -->", "<!-- /results -->"
-METHODS = ("rtn", "lwc", "lwc+lsi", "lwc+sde", "lwc+cl", "lwc+sde+cl")
+METHODS = ("rtn", "lwc", "lwc+lsi", "lwc+sde", "lwc+cl", "lwc+sde+cl", "autoround", "autoround+e2e")
 Cells = dict[str, dict[str, Any]]
 
 

@@ -15,8 +15,10 @@ from makeweight.estimate import Estimate, estimate
 from makeweight.models.checkpoint import Checkpoint
 from makeweight.models.load import open_checkpoint
 from makeweight.numerics.scheme import Scheme
+from makeweight.pipeline import preflight
 from makeweight.plan import compose
 from makeweight.recipe import Calib, Recipe, Tune
+from tests.runs import small
 from tests.tiny import tiny_folder
 
 RATE = 1e9
@@ -90,3 +92,21 @@ def test_the_sentence(seconds: float, words: str) -> None:
     sentence = Estimate(seconds=seconds, **facts).sentence()
     assert words in sentence
     assert sentence.endswith("1.3 GB of memory and 0.10 GB on disk.")
+
+
+def test_preflight_writes_nothing(llama: Path, tmp_path: Path, text: Path) -> None:
+    said = preflight(small(llama, tmp_path / "out", text))
+    assert said.startswith("Solving 3 blocks will take ") and "GB of memory" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_learning_codes_of_the_whole_network_is_dear(recipe: Recipe, ckpt: Checkpoint) -> None:
+    weights = sum(rows * columns for rows, columns in ckpt.linear_shapes().values()) * 3
+    scales, codes = (
+        estimate(
+            compose("lwc+e2e", options={"e2e": {"rounding": rounding}}), recipe, ckpt, range(3), torch.device("cpu")
+        )
+        for rounding in (False, True)
+    )
+    assert codes.memory_bytes - scales.memory_bytes == pytest.approx(20 * weights)
+    assert codes.disk_bytes - scales.disk_bytes == 32 * weights

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from makeweight.evals.perplexity import evaluate
 from makeweight.models.load import open_checkpoint
 from makeweight.numerics.scheme import Scheme
-from makeweight.pipeline import preflight, quantize
+from makeweight.pipeline import quantize
 from makeweight.recipe import Eval, Recipe
 from makeweight.report.record import Record
 from tests.runs import a_text, our_logits, same_bits, small, tensors, weights_of
@@ -200,9 +200,3 @@ def test_a_result_can_be_quantized_again(llama: Path, tmp_path: Path, text: Path
     assert all(torch.equal(after[name], reference(before[name], scheme)) for name in before)
     assert quantize(recipe) == record, "the folder belongs to this run, not to the one its source came from"
     assert Record.load(first).digest != record.digest
-
-
-def test_preflight_writes_nothing(llama: Path, tmp_path: Path, text: Path) -> None:
-    said = preflight(small(llama, tmp_path / "out", text))
-    assert said.startswith("Solving 3 blocks will take ") and "GB of memory" in said
-    assert not (tmp_path / "out").exists()

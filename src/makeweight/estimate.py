@@ -54,6 +54,8 @@ def estimate(plan: Plan, recipe: Recipe, ckpt: Checkpoint, blocks: range, device
     """
     shapes = {index: list(ckpt.linear_shapes(index).values()) for index in range(ckpt.n_blocks)}
     disk = _disk(recipe, ckpt, shapes, blocks)
+    if plan.finetune is not None:
+        disk += _scratch(plan.finetune, recipe, shapes, blocks)
     parent = next(path for path in Path(recipe.out).expanduser().absolute().parents if path.exists())
     if (free := shutil.disk_usage(parent).free) < disk:
         raise UserError(
@@ -83,6 +85,16 @@ def _disk(recipe: Recipe, ckpt: Checkpoint, shapes: dict[int, list[tuple[int, in
             group = columns if scheme.group_size == -1 else scheme.group_size
             saved += rows * columns * (ckpt.dtype.itemsize - (scheme.bits + (16 + scheme.bits) / group) / 8)
     return ckpt.stored_bytes() - saved
+
+
+def _scratch(step: FinetuneStep, recipe: Recipe, shapes: dict[int, list[tuple[int, int]]], blocks: range) -> float:
+    """Return bytes of what learning of the whole network goes on from: values, the best, moments, old file and new."""
+    learned = 0.0
+    for index in blocks:
+        for rows, columns in shapes[index]:
+            group = columns if recipe.scheme.group_size == -1 else recipe.scheme.group_size
+            learned += rows * columns * ((1 if step.weight_bytes else 0) + 1 / group)
+    return 2 * 4 * 4 * learned
 
 
 def _resident(ckpt: Checkpoint) -> float:
@@ -120,9 +132,10 @@ def _finetuning(
         memory += weights * (1 + 24 / group + step.weight_bytes) if index in blocks else 2 * weights
     memory += 2 * calib.nsamples * calib.seqlen * config.hidden_size * 2
     states = step.batch_size * calib.seqlen * config.hidden_size * 2
-    memory += ((len(shapes) + 34) if step.recompute else 34 * len(shapes)) * states
-    if not step.recompute:
-        memory += sum(3 * math.prod(shape) for index in blocks for shape in shapes[index])
+    if step.recompute:
+        memory += (len(shapes) + 34) * states
+    else:  # with the weights of every block, and their codes once more
+        memory += 34 * len(shapes) * states + sum(3 * math.prod(shape) for index in blocks for shape in shapes[index])
     largest = max(sum(math.prod(shape) for shape in found) for found in shapes.values())
     return memory + 4 * 6 * largest + 6 * LOGIT_BYTES
 

@@ -57,7 +57,8 @@ class Descent:
         for key, value in state.items():
             place, position, name = key.split(".", 2)
             optimizer = self.parts[int(place)][0]
-            optimizer.state[_params(optimizer)[int(position)]][name] = value.clone()
+            parameter = _params(optimizer)[int(position)]
+            optimizer.state[parameter][name] = value.to(parameter.device, copy=True)
 
     def _cosine(self, number: int) -> float:
         return FINAL_RATE + (1 - FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * (number - 1) / self.steps))

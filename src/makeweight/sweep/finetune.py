@@ -125,15 +125,16 @@ class Finetune:
 
     @torch.no_grad()
     def freeze(self) -> dict[str, Tensor]:
-        """Return what may have changed as it is stored, by block and name: scales, codes that moved, the rest."""
+        """Return what may have changed, by block and name, as it is stored: scales, codes that moved, the rest."""
         found: dict[str, Tensor] = {}
         for index, part in self.refinements().items():
+            codes, _ = self.solved[index]
             for name, held in part.freeze().items():
                 found[f"{index}.{name}"] = held.scale_OG
-                if not torch.equal(held.codes_OI, self.solved[index][0][name].codes_OI.to(self.device)):
+                if not torch.equal(held.codes_OI.cpu(), codes[name].codes_OI.cpu()):
                     found[f"{index}.{name}.codes"] = held.codes_OI
             found |= {f"{index}.{name}": tensor for name, tensor in part.learned_rest().items()}
-        return found
+        return {name: tensor.cpu() for name, tensor in found.items()}
 
     def state(self) -> dict[str, Tensor]:
         """Return all that decides how learning goes on."""

@@ -38,10 +38,10 @@ class Scales(Refinement):
         self.factors = nn.ParameterDict(
             {self.names[name]: torch.ones_like(held.scale_OG, dtype=torch.float32) for name, held in codes.items()}
         )
-        self.offsets = nn.ParameterDict()
-        if step.rounding:
-            for name, held in codes.items():
-                self.offsets[self.names[name]] = torch.zeros(held.codes_OI.shape)
+        moving = codes if step.rounding else {}
+        self.offsets = nn.ParameterDict(
+            {self.names[name]: torch.zeros(held.codes_OI.shape) for name, held in moving.items()}
+        )
         self.rest = rest
         self.learned = tuple(name for name in rest if step.norms and "norm" in name)
         self.norms = nn.ParameterDict({self.names[name]: rest[name].float() for name in self.learned})
@@ -77,24 +77,24 @@ class Scales(Refinement):
     def constrain(self) -> None:  # noqa: D102
         for factor_OG in self.factors.values():
             factor_OG.clamp_(min=LEAST)
-        for name, held in self.codes.items() if self.offsets else ():
-            scheme, offset_OI = held.scheme, self.offsets[self.names[name]]
-            codes_OI = held.codes_OI.to(offset_OI)  # int8 cannot hold every difference of codes
-            offset_OI.clamp_(scheme.qmin - codes_OI, scheme.qmax - codes_OI)
+        for name, held in self.codes.items():
+            if (offset_OI := self.offsets.get(self.names[name])) is not None:
+                codes_OI = held.codes_OI.to(offset_OI)  # int8 cannot hold every difference of codes
+                offset_OI.clamp_(held.scheme.qmin - codes_OI, held.scheme.qmax - codes_OI)
 
     def learned_rest(self) -> Params:  # noqa: D102
         return {name: self.norms[self.names[name]].detach().to(self.rest[name]) for name in self.learned}
 
     @torch.no_grad()
     def freeze(self) -> dict[str, QTensor]:  # noqa: D102
-        found = {name: replace(held, scale_OG=self.scales(name).to(held.scale_OG)) for name, held in self.codes.items()}
-        if not self.offsets:
-            return found
-        moved = {
-            name: moved_codes(held.codes_OI, self.offsets[self.names[name]], held.scheme)
+        return {
+            name: replace(held, codes_OI=self._codes(name), scale_OG=self.scales(name).to(held.scale_OG))
             for name, held in self.codes.items()
         }
-        return {name: replace(held, codes_OI=moved[name]) for name, held in found.items()}
+
+    def _codes(self, name: str) -> Tensor:
+        held, offset_OI = self.codes[name], self.offsets.get(self.names[name])
+        return held.codes_OI if offset_OI is None else moved_codes(held.codes_OI, offset_OI, held.scheme)
 
 
 @dataclass(frozen=True, kw_only=True)
