@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -12,8 +13,10 @@ import pytest
 
 from makeweight import __version__
 from makeweight.cli import main, normalize
+from makeweight.effort import EFFORTS, with_effort
 from makeweight.errors import UserError
 from makeweight.numerics.scheme import Scheme
+from makeweight.plan import compose
 from makeweight.recipe import Recipe
 
 SRC = str(Path(__file__).parents[1] / "src")
@@ -91,6 +94,28 @@ def test_recipe_file_with_overrides(ran: list[Any], tmp_path: Path) -> None:
     assert ran[1].options == {"sde": {"band": 2, "dense": 8}}
 
 
+def test_effort(ran: list[Any], tmp_path: Path) -> None:
+    plain = Recipe(model="m", out="o")
+    for name in EFFORTS:
+        assert main(["quantize", "--model", "m", "--out", "o", "--effort", name]) == 0
+        assert ran.pop() == with_effort(plain, name)
+    assert main("quantize --model m --out o --effort best --steps 7 --set e2e.norms=false".split()) == 0
+    best = with_effort(plain, "best")
+    assert ran.pop() == replace(
+        best, tune=replace(best.tune, steps=7), options={"e2e": {**best.options["e2e"], "norms": False}}
+    )
+    replace(plain, method="lwc+sde", options={"sde": {"band": 2}}, seed=3).save(tmp_path / "r.json")
+    assert main(["quantize", "--recipe", str(tmp_path / "r.json"), "--effort", "light"]) == 0
+    assert ran.pop() == replace(with_effort(plain, "light"), seed=3)
+
+
+def test_every_effort_can_be_composed_and_the_default_is_one() -> None:
+    plain = Recipe(model="m", out="o")
+    assert with_effort(plain, "default") == plain
+    for effort in EFFORTS.values():
+        assert compose(effort.method, options=effort.options).learns
+
+
 def test_per_channel_and_scheme(ran: list[Any]) -> None:
     assert main("quantize --model m --group-size -1".split()) == 0
     assert main("quantize --model m --scheme w3a16g64_sym --bits 3 --sym --group-size=64".split()) == 0
@@ -119,6 +144,8 @@ def test_dry_run(ran: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
         ("quantize --model m --blocks 8", "write it like 0:8"),
         ("quantize --model m --lr fast", "write it like sde=3e-3"),
         ("quantize --model m --set band=2", "write it like sde.band=16"),
+        ("quantize --model m --effort bset", "effort 'bset' is unknown (did you mean 'best'?)"),
+        ("quantize --model m --effort best --method lwc", "--method lwc another: give one of the two"),
         ("quantize --model m --device tpu", "choose auto, cpu or cuda"),
         ("quantize --model m --nsamples 0", "calib.nsamples=0 is too small"),
         ("quantize --recipe nowhere.json", "No such file"),

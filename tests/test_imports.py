@@ -26,7 +26,8 @@ ALLOWED: dict[str, set[str]] = {
     "calib": BASE | {"recipe", "models"},
     "methods": BASE | {"recipe", "models", "calib"},
     "sweep": BASE | {"recipe", "models", "calib", "methods.base"},
-    "options": BASE | {"recipe"},
+    "effort": BASE | {"recipe"},
+    "options": BASE | {"recipe", "effort"},
     "plan": BASE | {"recipe", "models", "calib", "methods"},
     "estimate": BASE | {"recipe", "models", "methods", "sweep", "plan"},
     "export": LEAF,
@@ -36,7 +37,7 @@ ALLOWED: dict[str, set[str]] = {
     "pipeline": ENGINE | {"", "estimate", "export", "evals", "report", "store"},
     "demo": ENGINE | {"report", "pipeline"},
     "cli": ENGINE | {"", "options", "export", "evals", "report", "pipeline", "demo"},
-    "": ENGINE | {"export", "evals", "report", "pipeline"},
+    "": ENGINE | {"effort", "export", "evals", "report", "pipeline"},
 }
 
 

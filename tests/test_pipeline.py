@@ -180,6 +180,15 @@ def test_a_rate_of_zero_learns_nothing(llama: Path, tmp_path: Path, text: Path) 
     assert all(same_bits(ours[name], other[name]) for name in ours)
 
 
+def test_the_target_of_the_same_input_is_the_usual_one_in_the_first_block_only(
+    llama: Path, tmp_path: Path, text: Path
+) -> None:
+    plain, held = (quantize(small(llama, tmp_path / m, text, method=m, eval=NOT_MEASURED)) for m in ("lwc", "lwc+aug"))
+    first, *rest = ((a["digest"], b["digest"]) for a, b in zip(plain.blocks, held.blocks, strict=True))
+    assert first[0] == first[1]
+    assert all(a != b for a, b in rest)
+
+
 def test_sde_of_band_zero_is_lsi(llama: Path, tmp_path: Path, text: Path) -> None:
     lsi = small(llama, tmp_path / "lsi", text, method="lsi", eval=NOT_MEASURED)
     sde = replace(lsi, method="sde", out=str(tmp_path / "sde"), options={"sde": {"band": 0}})

@@ -94,6 +94,7 @@ def test_every_pair_composes_or_is_refused(name: str) -> None:
         ("cl", "cl has nothing to judge"),
         ("rtn+cl", "cl has nothing to judge"),
         ("cl+rtn", "cl has nothing to judge"),
+        ("rtn+aug", "aug has nothing to judge"),
     ],
 )
 def test_impossible_methods(method: str, says: str) -> None:
@@ -119,6 +120,7 @@ def test_impossible_methods(method: str, says: str) -> None:
         ("lwc+e2e", {"e2e": {"steps": 0}}, "e2e: steps 0 and batch_size 4 must be at least 1"),
         ("autoround", {"autoround": {"descent": "sgd"}}, "autoround: descent 'sgd' is unknown: choose adam or sign"),
         ("lwc+e2e", {"e2e": {"batch_size": 0}}, "batch_size 0 must be at least 1"),
+        ("lwc+aug+cl", {"aug": {"weight": -1.0}}, "aug: weight -1.0 must be above 0"),
     ],
 )
 def test_impossible_settings(method: str, settings: dict[str, dict[str, Any]], says: str) -> None:

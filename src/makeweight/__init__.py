@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from makeweight.effort import with_effort
     from makeweight.evals.perplexity import evaluate
     from makeweight.export.run import export_model
     from makeweight.numerics.scheme import Scheme
@@ -16,7 +17,18 @@ if TYPE_CHECKING:
     from makeweight.recipe import Calib, Eval, Recipe, Tune
 
 __version__ = "0.1.0"
-__all__ = ["Calib", "Eval", "Recipe", "Scheme", "Tune", "__version__", "evaluate", "export_model", "quantize"]
+__all__ = [
+    "Calib",
+    "Eval",
+    "Recipe",
+    "Scheme",
+    "Tune",
+    "__version__",
+    "evaluate",
+    "export_model",
+    "quantize",
+    "with_effort",
+]
 
 _HOMES = {
     "Calib": "makeweight.recipe",
@@ -27,6 +39,7 @@ _HOMES = {
     "evaluate": "makeweight.evals.perplexity",
     "export_model": "makeweight.export.run",
     "quantize": "makeweight.pipeline",
+    "with_effort": "makeweight.effort",
 }
 
 

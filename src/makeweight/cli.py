@@ -89,7 +89,8 @@ def _root(
 @app.command()
 def quantize(
     model: Annotated[str | None, typer.Option(help="Hugging Face folder, hub name or GGUF file.")] = None,
-    method: Annotated[str | None, typer.Option(help="Methods joined by + [lwc+sde+cl].")] = None,
+    effort: Annotated[str | None, typer.Option(help="light, default or best: a method and its steps.")] = None,
+    method: Annotated[str | None, typer.Option(help="Methods joined by +, in place of an effort.")] = None,
     bits: Annotated[int | None, typer.Option(help="Bits of a weight, 2 to 8 [4].")] = None,
     group_size: Annotated[int | None, typer.Option(help="Inputs per scale, -1: per channel [128].")] = None,
     sym: Annotated[bool | None, typer.Option("--sym/--asym", help="Symmetric grid [asym].")] = None,
@@ -119,7 +120,7 @@ def quantize(
     """Quantize a model; the same command resumes."""
     saved = Recipe.load(recipe) if recipe else None
     grid = options.grid(saved.scheme if saved else Scheme(), scheme, bits, group_size, sym, scale_dtype)
-    base = saved or options.start(model, out, grid)
+    base = options.at_effort(saved or options.start(model, out, grid), effort, method)
     rates = options.rates(base, lr)
     wanted = options.changed(
         base,

@@ -88,13 +88,17 @@ def _disk(recipe: Recipe, ckpt: Checkpoint, shapes: dict[int, list[tuple[int, in
 
 
 def _scratch(step: FinetuneStep, recipe: Recipe, shapes: dict[int, list[tuple[int, int]]], blocks: range) -> float:
-    """Return bytes of what learning of the whole network goes on from: values, the best, moments, old file and new."""
-    learned = 0.0
+    """Return bytes of what learning of the whole network sets aside: codes, and twice its state (old file and new).
+
+    The state is the learned values, the best of them, and their moments.
+    """
+    learned = codes = 0.0
     for index in blocks:
         for rows, columns in shapes[index]:
             group = columns if recipe.scheme.group_size == -1 else recipe.scheme.group_size
+            codes += rows * columns
             learned += rows * columns * ((1 if step.weight_bytes else 0) + 1 / group)
-    return 2 * 4 * 4 * learned
+    return codes + 2 * 4 * 4 * learned
 
 
 def _resident(ckpt: Checkpoint) -> float:
@@ -109,7 +113,7 @@ def _learning(plan: Plan, recipe: Recipe, ckpt: Checkpoint, shapes: Sequence[tup
     config, calib, tune = ckpt.config.get_text_config(), recipe.calib, recipe.tune
     weights = sum(math.prod(shape) for shape in shapes)
     ahead = len(plan.loss.weights()) - 1
-    streams = (3 + ahead) * calib.nsamples * calib.seqlen * config.hidden_size * 2
+    streams = (3 + ahead + (plan.target is not None)) * calib.nsamples * calib.seqlen * config.hidden_size * 2
     factors = sum((rows + columns) * min(rows, columns) for rows, columns in shapes) * 2
     chain = weights * (4 * 6 + plan.weight_bytes) + (0 if plan.band is None else factors)
     reads = any(step.reads_inputs for step in (*plan.exact, plan.grid))
@@ -123,7 +127,10 @@ def _learning(plan: Plan, recipe: Recipe, ckpt: Checkpoint, shapes: Sequence[tup
 def _finetuning(
     step: FinetuneStep, recipe: Recipe, ckpt: Checkpoint, shapes: dict[int, list[tuple[int, int]]], blocks: range
 ) -> float:
-    """Return bytes of all codes, their scales as they are learned, two streams, and what the backward pass keeps."""
+    """Return bytes of all codes, their scales as they are learned, two streams, and what the backward pass keeps.
+
+    Codes lie in a file that is mapped: where memory is short they need not stay in it.
+    """
     config, calib = ckpt.config.get_text_config(), recipe.calib
     memory = 0.0
     for index, found in shapes.items():
@@ -155,7 +162,7 @@ def _block_work(plan: Plan, recipe: Recipe, ckpt: Checkpoint, shapes: Sequence[t
     """Return operations of one block: its steps, and the two streams' forward passes."""
     hidden, calib, tune = ckpt.config.get_text_config().hidden_size, recipe.calib, recipe.tune
     ahead = len(plan.loss.weights()) - 1
-    passes = 2 / 3 * block_flops(shapes, hidden, calib.nsamples, calib.seqlen)
+    passes = (2 + (plan.target is not None)) / 3 * block_flops(shapes, hidden, calib.nsamples, calib.seqlen)
     tokens = calib.nsamples * calib.seqlen
     if plan.rounding is not None:
         # A pass and the products of inputs per group of linears, of which blocks have about four; then the feedback.

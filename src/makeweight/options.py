@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from makeweight.effort import with_effort
 from makeweight.errors import UserError
 from makeweight.numerics.scheme import Scheme
 from makeweight.recipe import Option, Recipe, parse_option, parse_rate
@@ -19,6 +20,15 @@ def start(model: str | None, out: str | None, scheme: Scheme) -> Recipe:
         raise UserError("--model is missing: name a Hugging Face folder, a hub name or a GGUF file.")
     name = Path(model.rstrip("/")).name.removesuffix(".gguf") or "model"
     return Recipe(model=model, out=out or f"{name}-{scheme}".lower())
+
+
+def at_effort(base: Recipe, effort: str | None, method: str | None) -> Recipe:
+    """Begin from an effort where one is named; it chooses the method, so that none can be named beside it."""
+    if effort is None:
+        return base
+    if method is not None:
+        raise UserError(f"--effort {effort} chooses a method, and --method {method} another: give one of the two.")
+    return with_effort(base, effort)
 
 
 def changed(base: T, **changes: Any) -> T:

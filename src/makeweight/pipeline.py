@@ -143,6 +143,7 @@ class Job:
             steps=Steps(exact=self.plan.exact, maps=self.plan.maps, grid=self.plan.grid),
             rounding=self.plan.rounding,
             judge_weights=self.plan.loss.weights(),
+            same_input=self.plan.target.weight if self.plan.target else 0.0,
             tune=recipe.tune,
             seed=recipe.seed,
             context=Context(
@@ -200,7 +201,7 @@ class Job:
         if step is None or self.tokens_NT is None or folder.finetuned is not None:
             return
         if (learned := folder.scratch(LEARNED)) is None:
-            solved, context = {index: store.solved(index) for index in self.blocks}, self.solver().context
+            solved, context = {index: store.mapped(index) for index in self.blocks}, self.solver().context
             tuner = Finetune(
                 self.ckpt, step, solved, self.tokens_NT, context, device=self.device, seed=self.recipe.seed
             )

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from makeweight.errors import UserError, did_you_mean
-from makeweight.methods.base import BlockStep, FinetuneStep, GridStep, LossStep, MapStep, RoundStep, Step
+from makeweight.methods.base import BlockStep, FinetuneStep, GridStep, LossStep, MapStep, RoundStep, Step, TargetStep
 from makeweight.methods.grid.clip import Rtn
 from makeweight.methods.loss.cross_layer import Mse
 from makeweight.methods.presets import COMPOSED, zoo
@@ -29,6 +29,7 @@ class Plan:
     grid: GridStep
     exact: tuple[BlockStep, ...] = ()
     loss: LossStep
+    target: TargetStep | None = None
     rounding: RoundStep | None = None
     finetune: FinetuneStep | None = None
 
@@ -123,12 +124,14 @@ def _plan(method: str, steps: Mapping[str, Step]) -> Plan:
         maps=tuple(step for step in steps.values() if isinstance(step, MapStep)),
         grid=next(iter(grids.values()), Rtn()),
         loss=next(iter(losses.values()), Mse()),
+        target=next((step for step in steps.values() if isinstance(step, TargetStep)), None),
         rounding=next(iter(roundings.values()), None),
         finetune=next((step for step in steps.values() if isinstance(step, FinetuneStep)), None),
     )
-    if losses and not plan.learns:
+    judging = [name for name, step in steps.items() if isinstance(step, LossStep | TargetStep)]
+    if judging and not plan.learns:
         raise UserError(
-            f"method {method!r} learns nothing, so {min(losses)} has nothing to judge: add lwc or sde to it."
+            f"method {method!r} learns nothing, so {min(judging)} has nothing to judge: add lwc or sde to it."
         )
     return plan
 

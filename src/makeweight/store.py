@@ -82,6 +82,13 @@ class Store:
         names = self.ckpt.block_names(index)
         return codes, {name: tensors[stored] for name, stored in names.items() if stored in tensors}
 
+    def mapped(self, index: int) -> tuple[dict[str, QTensor], Params]:
+        """Return what `solved` does, its codes mapped from a scratch file: their memory can be taken back."""
+        codes, rest = self.solved(index)
+        self.folder.set_aside(name := f"codes-{index}.scratch", {key: held.codes_OI for key, held in codes.items()})
+        lying = self.folder.scratch(name) or {}
+        return {key: replace(held, codes_OI=lying[key]) for key, held in codes.items()}, rest
+
     def _parts(self, index: int, tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, dict[str, Tensor]]]:
         """Return every linear of a block with its name in the file and the parts that are stored of it."""
         names, found = self.ckpt.block_names(index), {}

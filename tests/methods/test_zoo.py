@@ -21,8 +21,10 @@ from makeweight.methods.base import (
     MapStep,
     RoundStep,
     State,
+    TargetStep,
 )
 from makeweight.methods.grid.clip import Lwc, Rtn
+from makeweight.methods.loss.augmented import Augmented
 from makeweight.methods.loss.cross_layer import CrossLayer, Mse
 from makeweight.methods.presets import PRESETS
 from makeweight.methods.weight.sde import Sde
@@ -36,7 +38,7 @@ GRIDS = {name: m.step for name, m in PRESETS.items() if isinstance(m.step, GridS
 DRIFTING = {name: step for name, step in MAPS.items() if isinstance(step, Sde)}
 ROUNDINGS = {name: m.step for name, m in PRESETS.items() if isinstance(m.step, RoundStep)}
 LOSSES = {name: m.step for name, m in PRESETS.items() if isinstance(m.step, LossStep)}
-KINDS = (BlockStep, MapStep, GridStep, RoundStep, LossStep, FinetuneStep)
+KINDS = (BlockStep, MapStep, GridStep, RoundStep, LossStep, TargetStep, FinetuneStep)
 PAIRS = [(name, grid) for name in ("", *MAPS) for grid in GRIDS]  # every map with every grid, and every grid alone
 LEARNING = [(name, grid) for name, grid in PAIRS if name or GRIDS[grid].learns]
 ASYMMETRIC = {"hqq"}
@@ -261,6 +263,7 @@ def test_losses_weigh_the_block_itself_and_those_ahead() -> None:
         (lambda: Sde(drift=float("nan")), "sde: drift nan"),
         (lambda: CrossLayer(ahead=0), "cl: ahead 0 must be at least 1"),
         (lambda: CrossLayer(decay=-1.0), "decay -1.0 above 0"),
+        (lambda: Augmented(weight=0.0), "aug: weight 0.0 must be above 0"),
     ],
 )
 def test_refusals_are_sentences(make: type[Sde], says: str) -> None:

@@ -127,6 +127,29 @@ def test_what_is_frozen_is_what_ran(rounding: bool, llama: Path, text: Path, tmp
         assert all(tensor.min() >= LEAST for tensor in part.get_submodule("factors").parameters())
 
 
+def test_codes_lie_in_a_file_while_the_network_learns(
+    llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, seen = a_recipe(llama, tmp_path / "out", text), []
+    run = Finetune.run
+
+    def spied(tuner: Finetune, *args: Any) -> dict[str, float]:
+        store = Job.prepare(recipe).store(Folder(tmp_path / "out", 4))
+        for index, (codes, _) in tuner.solved.items():
+            solved, _ = store.solved(index)
+            assert {name: held.digest() for name, held in codes.items()} == {n: h.digest() for n, h in solved.items()}
+            maps = Path("/proc/self/maps")
+            if maps.is_file():
+                assert f"codes-{index}.scratch" in maps.read_text()
+            seen.append(index)
+        return run(tuner, *args)
+
+    monkeypatch.setattr(Finetune, "run", spied)
+    quantize(recipe)
+    assert seen == [0, 1, 2]
+    assert not list((tmp_path / "out").glob("*scratch*"))
+
+
 def test_recomputing_changes_nothing_but_memory(llama: Path, text: Path, tmp_path: Path) -> None:
     digests, said = [], []
     for recompute in (True, False):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -49,6 +50,19 @@ def test_lowers_the_held_out_error(case: Problem, steps: tuple[MapStep, ...], we
     assert report.error_after < (0.95 if steps else 0.99) * before
     assert report.error_after == pytest.approx(case.held_out_error(fit), rel=1e-6)
     assert report.best_step % 12 == 0 and report.best_step > 0 and report.halvings == 0
+
+
+def test_the_same_input_has_a_target_of_its_own(case: Problem) -> None:
+    """Its error stands beside those of the loss, weighed, at the end of the first block."""
+    judge = replace(case.judge(CL), same_input=0.5)
+    chain, targets = case.chain(), case.stream().targets(judge.blocks)
+    same_NTD = targets[0] + 0.1 * targets[0].abs()
+    with torch.no_grad():
+        *usual, same = judge.errors(chain(), case.hidden_NTD, [*targets, same_NTD])
+        assert usual == case.judge(CL).errors(chain(), case.hidden_NTD, targets)
+        (alone,) = case.judge().errors(chain(), case.hidden_NTD, [same_NTD])
+    assert same == alone != usual[0]
+    assert judge.loss([*usual, same]).item() == pytest.approx((usual[0] + 0.5 * usual[1] + 0.5 * same).item() / 2)
 
 
 def test_held_out_samples_are_never_learned_from(case: Problem) -> None:

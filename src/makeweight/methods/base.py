@@ -222,6 +222,18 @@ class LossStep(Step):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TargetStep(Step):
+    """A step that holds a block's output to one more target: what the original block makes of the same input.
+
+    The inputs are those of the quantized stream; this error weighs `weight` beside those of the loss.
+    """
+
+    stage: ClassVar[Stage] = Stage.LOSS
+    learns: ClassVar[bool] = False
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class FinetuneStep(Step):
     """A step that learns once all blocks are on their grid, by what the whole network gives.
 

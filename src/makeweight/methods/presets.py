@@ -15,6 +15,7 @@ from makeweight.methods.grid.gptq import Gptq
 from makeweight.methods.grid.rounding import Rounding
 from makeweight.methods.grid.search import Hqq, InputClip, MseRange, Percentile
 from makeweight.methods.grid.stepsize import StepSize
+from makeweight.methods.loss.augmented import Augmented
 from makeweight.methods.loss.cross_layer import CrossLayer
 from makeweight.methods.weight.sde import Sde
 from makeweight.methods.weight.tune import Tune
@@ -68,6 +69,11 @@ PRESETS: dict[str, Method] = {
     ),
     "sde": Method(step=Sde(), summary="learnable band around the singular-value core", source="arXiv 2407.15508"),
     "cl": Method(step=CrossLayer(), summary="judge a block's error one block later as well", source="arXiv 2407.15508"),
+    "aug": Method(
+        step=Augmented(),
+        summary="hold a block to what the original makes of the same input as well",
+        source="arXiv 2308.13137 (OmniQuant)",
+    ),
     "e2e": Method(
         step=E2e(), summary="learnable scales and norms of the whole network", source="arXiv 2407.11062 (EfficientQAT)"
     ),

@@ -23,24 +23,31 @@ MAX_HALVINGS = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Judge:
-    """The blocks a loss looks at and what each weighs: the block itself first, then those that follow."""
+    """The blocks a loss looks at and what each weighs: the block itself first, then those that follow.
+
+    Where `same_input` is not 0, the first block's output has one more target, after all others.
+    """
 
     blocks: tuple[Block, ...]
     weights: tuple[float, ...]
     device: torch.device
+    same_input: float = 0.0
 
     def errors(self, chain_weights: dict[str, Tensor], hidden_BTD: Tensor, targets: Sequence[Tensor]) -> list[Tensor]:
-        """Return the relative error after each judged block, scalars in fp32."""
-        errors = []
-        for k, (block, target_BTD) in enumerate(zip(self.blocks, targets, strict=True)):
-            hidden_BTD = block(hidden_BTD, chain_weights if k == 0 else None)
-            errors.append(token_error(hidden_BTD, target_BTD.to(self.device)))
-        return errors
+        """Return the relative error after each judged block, and of the same input's, scalars in fp32."""
+        outputs = [self.blocks[0](hidden_BTD, chain_weights)]
+        for block in self.blocks[1:]:
+            outputs.append(block(outputs[-1]))
+        if self.same_input:
+            outputs.append(outputs[0])
+        pairs = zip(outputs, targets, strict=True)
+        return [token_error(output_BTD, target_BTD.to(self.device)) for output_BTD, target_BTD in pairs]
 
     def loss(self, errors: Sequence[Tensor]) -> Tensor:
         """Return the weighted mean of the errors."""
-        weighted = [w * e for w, e in zip(self.weights, errors, strict=True)]
-        return torch.stack(weighted).sum() / sum(self.weights)
+        weights = (*self.weights, self.same_input) if self.same_input else self.weights
+        weighted = [w * e for w, e in zip(weights, errors, strict=True)]
+        return torch.stack(weighted).sum() / sum(weights)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from makeweight.calib.capture import capture, place
-from makeweight.calib.stream import Stream
+from makeweight.calib.stream import Stream, advance
 from makeweight.methods.base import Context, Params, RoundStep, State
 from makeweight.models.checkpoint import Checkpoint
 from makeweight.numerics.qtensor import QTensor
@@ -34,6 +34,8 @@ class Solver:
     context: Context
     tune: Tune
     seed: int
+    same_input: float = 0.0
+    """Weight of the error against what the original block makes of the quantized input; at 0 it is not computed."""
     rounding: RoundStep | None = None
 
     def round(self, state: State) -> dict[str, QTensor]:
@@ -69,7 +71,16 @@ class Sweep:
         blocks = self._blocks(index)
         targets = self.stream.targets(blocks)
         chain = self._chain(blocks[0])
-        judge = Judge(blocks=blocks, weights=solver.judge_weights[: len(blocks)], device=self.device)
+        if solver.same_input:
+            batch_size = solver.tune.batch_size
+            quantized_NTD = self.stream.quantized_NTD
+            targets += (advance(blocks[0], quantized_NTD, batch_size=batch_size, device=self.device),)
+        judge = Judge(
+            blocks=blocks,
+            weights=solver.judge_weights[: len(blocks)],
+            same_input=solver.same_input,
+            device=self.device,
+        )
         fit = Fit(
             chain,
             judge,

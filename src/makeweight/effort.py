@@ -1,0 +1,41 @@
+"""Three points of the trade between time and accuracy: what `--effort` stands for.
+
+README has what each of them takes and gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from makeweight.errors import UserError, did_you_mean
+from makeweight.recipe import Option, Recipe, Tune
+
+
+@dataclass(frozen=True, kw_only=True)
+class Effort:
+    """A method with its settings, and its steps per block."""
+
+    method: str
+    steps: int
+    batch_size: int
+    options: Mapping[str, Mapping[str, Option]] = field(default_factory=dict)
+
+
+EFFORTS: dict[str, Effort] = {
+    "light": Effort(method="autoround", steps=60, batch_size=4),
+    "default": Effort(method=Recipe.method, steps=Tune.steps, batch_size=Tune.batch_size),
+    "best": Effort(method="autoround+cl+e2e", steps=400, batch_size=4, options={"e2e": {"steps": 400}}),
+}
+
+
+def with_effort(recipe: Recipe, name: str) -> Recipe:
+    """Return a recipe with the method, the steps and the settings of an effort; all else stays as it is.
+
+    `name` is `light`, `default` or `best`; raises UserError for any other.
+    """
+    if name not in EFFORTS:
+        raise UserError(f"effort {name!r} is unknown{did_you_mean(name, EFFORTS)}: choose light, default or best.")
+    chosen = EFFORTS[name]
+    tune = replace(recipe.tune, steps=chosen.steps, batch_size=chosen.batch_size, rates={})
+    return replace(recipe, method=chosen.method, tune=tune, options=chosen.options)
