@@ -7,16 +7,25 @@ from dataclasses import dataclass, field
 from itertools import chain, zip_longest
 from typing import Any
 
+from makeweight.effort import EFFORTS
 from makeweight.errors import UserError, did_you_mean
 from makeweight.numerics.scheme import Scheme
 
 OURS: dict[str, dict[str, Any]] = {
+    **{
+        f"makeweight-{name}": {
+            "method": effort.method,
+            "tune": {"steps": effort.steps, "batch_size": effort.batch_size},
+            "options": dict(effort.options),
+        }
+        for name, effort in EFFORTS.items()
+    },
     "rtn": {"method": "rtn"},
     "lwc": {"method": "lwc", "tune": {"steps": 200, "batch_size": 2}},
     "lwc+sde+cl": {"method": "lwc+sde+cl", "tune": {"steps": 200, "batch_size": 2}},
     "autoround": {"method": "autoround", "tune": {"steps": 200, "batch_size": 8}},
 }
-"""Our runs: any part of a recipe in its JSON form, such as {"options": {"sde": {"band": 16}}}, by the run's name."""
+"""Our runs, the three efforts first: any part of a recipe in its JSON form, by the run's name."""
 
 SETTINGS = ("W4A16", "W3A16g64", "W2A16g64")
 SMOKE_SETTINGS = ("W2A16g64",)
@@ -35,7 +44,11 @@ class Run:
     def shortened(self) -> dict[str, Any]:
         """Return options with which it ends after two steps."""
         if self.program == "makeweight":
-            return {**self.options, "tune": {**self.options.get("tune", {}), "steps": 2}}
+            short = {**self.options, "tune": {**self.options.get("tune", {}), "steps": 2}}
+            if "e2e" in short["method"].split("+"):
+                given = short.get("options", {})
+                short["options"] = {**given, "e2e": {**given.get("e2e", {}), "steps": 2}}
+            return short
         return {**self.options, **({"iters": 2} if "iters" in self.options else {})}
 
 
