@@ -100,7 +100,7 @@ def quantize(
     dataset: Annotated[str | None, typer.Option(help="Calibration text [pile-10k].")] = None,
     nsamples: Annotated[int | None, typer.Option(help="Calibration samples [128].")] = None,
     seqlen: Annotated[int | None, typer.Option(help="Tokens per sample [2048].")] = None,
-    steps: Annotated[int | None, typer.Option("--steps", "--iters", help="Per block [200].")] = None,
+    steps: Annotated[int | None, typer.Option("--steps", "--iters", help="Per block [120].")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Samples per step [4].")] = None,
     lr: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="A method's learning rate.")] = None,
     option: Settings = None,

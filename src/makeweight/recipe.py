@@ -42,7 +42,7 @@ class Tune:
     `rates` overrides the learning rates of methods by name, as in {"sde": 3e-3}.
     """
 
-    steps: int = 200
+    steps: int = 120
     batch_size: int = 4
     checks: int = 5
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -99,7 +99,7 @@ class Recipe:
 
     model: str
     out: str
-    method: str = "lwc+sde+cl"
+    method: str = "autoround+cl+e2e"
     scheme: Scheme = field(default_factory=Scheme)
     blocks: tuple[int, int] | None = None
     calib: Calib = field(default_factory=Calib)

@@ -244,7 +244,7 @@ class FinetuneStep(Step):
     stage: ClassVar[Stage] = Stage.FINETUNE
     learns: ClassVar[bool] = False
     reads_inputs: ClassVar[bool] = True
-    steps: int = 100
+    steps: int = 60
     batch_size: int = 4
     recompute: bool = True
 

@@ -105,7 +105,7 @@ class E2e(FinetuneStep):
     to their typical size; `rounding_rate` a code, in codes: what is nearest changes beyond half of one.
     """
 
-    rate: float = 5e-3
+    rate: float = 1.5e-3
     norms: bool = True
     norm_rate: float = 1e-3
     rounding: bool = False
