@@ -23,9 +23,9 @@ class Effort:
 
 
 EFFORTS: dict[str, Effort] = {
-    "light": Effort(method="autoround", steps=60, batch_size=4),
+    "light": Effort(method="autoround+e2e", steps=40, batch_size=4, options={"e2e": {"steps": 15}}),
     "default": Effort(method=Recipe.method, steps=Tune.steps, batch_size=Tune.batch_size),
-    "best": Effort(method="autoround+cl+e2e", steps=400, batch_size=4, options={"e2e": {"steps": 400}}),
+    "best": Effort(method="autoround+cl+e2e", steps=400, batch_size=4, options={"e2e": {"steps": 200}}),
 }
 
 
