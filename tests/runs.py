@@ -28,6 +28,7 @@ def small(model: Path, out: Path, text: Path, **changes: Any) -> Recipe:
     recipe = Recipe(
         model=str(model),
         out=str(out),
+        method="lwc+sde+cl",
         scheme=Scheme.parse("W3A16g32"),
         calib=Calib(dataset=str(text), nsamples=8, seqlen=32),
         tune=Tune(steps=4, device="cpu"),

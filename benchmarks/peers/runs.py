@@ -73,8 +73,15 @@ THEIRS: dict[str, Run] = {
     ),
 }
 
+
+def _effort_note(name: str) -> str:
+    """Say what an effort stands for; a run that is named after its method needs no word."""
+    effort = EFFORTS.get(name.removeprefix("makeweight-"))
+    return f"`{effort.method}`, {effort.steps} steps of {effort.batch_size} samples for each block" if effort else ""
+
+
 RUNS: dict[str, Run] = {
-    **{name: Run(program="makeweight", options=options) for name, options in OURS.items()},
+    **{name: Run(program="makeweight", options=options, note=_effort_note(name)) for name, options in OURS.items()},
     **THEIRS,
 }
 

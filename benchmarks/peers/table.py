@@ -16,6 +16,7 @@ COSTS_NOTE = (
     "Time and memory are those of a whole process, from its start to the written weights; ours tokenizes the text "
     "itself and writes its own format before the dense one."
 )
+GAP_NOTE = "g is the logarithm of a perplexity over the original's: 0 where nothing is lost, and less is better."
 EMPTY = ("-",) * (2 * len(DOMAINS) + len(COSTS))
 
 
@@ -63,6 +64,7 @@ def _notes(cells: Mapping[str, Mapping[str, Any]]) -> str:
     threads = sorted({cell["threads"] for cell in raced})
     samples = sorted({cell["calibration"].partition(",")[0] for cell in raced})
     lines = [f"- Calibration: {', '.join(samples) or '-'}; threads: {', '.join(map(str, threads)) or '-'}."]
+    lines.append(f"- {GAP_NOTE}")
     lines.append(f"- {COSTS_NOTE}")
     run = {name.partition("/")[2] for name in cells}
     lines += [f"- `{name}`: {RUNS[name].note}." for name in RUNS if name in run and RUNS[name].note]
