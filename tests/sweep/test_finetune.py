@@ -51,7 +51,7 @@ def divergence(source: Path, out: Path, tokens_NT: Tensor) -> float:
 
 
 @pytest.mark.parametrize("rounding", [False, True])
-@pytest.mark.parametrize("family", ["llama", "gemma2", "opt", "phi3"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "opt", "phi3", "gpt-neox"])
 def test_the_loss_is_that_of_the_written_model(family: str, rounding: bool, text: Path, tmp_path: Path) -> None:
     source, out = tiny_folder(family, tmp_path / "source"), tmp_path / "out"
     recipe = a_recipe(source, out, text, method="mse", options={})
