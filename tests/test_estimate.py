@@ -59,17 +59,27 @@ def test_memory_follows_the_samples_and_the_look_ahead_but_not_the_depth(recipe:
 
 
 def test_what_reads_inputs_and_what_learns_at_the_end_is_counted(recipe: Recipe, ckpt: Checkpoint) -> None:
-    for more, less in (("scale+lwc", "lwc"), ("clip+sde", "mse+sde"), ("lwc+e2e", "lwc"), ("rtn+e2e", "rtn")):
+    for more, less in (
+        ("lwc+aug", "lwc"),
+        ("scale+lwc", "lwc"),
+        ("clip+sde", "mse+sde"),
+        ("lwc+e2e", "lwc"),
+        ("rtn+e2e", "rtn"),
+    ):
         assert of(recipe, ckpt, method=more).seconds > of(recipe, ckpt, method=less).seconds
+    stream = 64 * 128 * 64 * 2
+    assert of(recipe, ckpt, method="lwc+aug").memory_bytes - of(recipe, ckpt, method="lwc").memory_bytes == stream
     assert of(recipe, ckpt, method="scale+lwc").memory_bytes > of(recipe, ckpt, method="lwc").memory_bytes
     assert of(recipe, ckpt, method="rtn+e2e").memory_bytes > of(recipe, ckpt, method="rtn").memory_bytes
 
 
 def test_disk_follows_the_bits(recipe: Recipe, ckpt: Checkpoint) -> None:
-    three = of(recipe, ckpt).disk_bytes
-    eight = of(replace(recipe, scheme=Scheme(bits=8, group_size=32)), ckpt).disk_bytes
+    three = of(recipe, ckpt, method="lwc").disk_bytes
+    tuned = of(recipe, ckpt, method="lwc+e2e").disk_bytes
+    eight = of(replace(recipe, scheme=Scheme(bits=8, group_size=32)), ckpt, method="lwc").disk_bytes
     weights = sum(out * into for out, into in ckpt.linear_shapes().values()) * 3
     assert eight - three == pytest.approx(weights * 5 * (1 + 1 / 32) / 8)
+    assert tuned - three == weights * (1 + 32 / 32), "all codes, and eight fp32 values for each scale"
     assert three < ckpt.stored_bytes()
 
 

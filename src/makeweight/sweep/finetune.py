@@ -1,8 +1,8 @@
 """After the walk: what the quantized network may still learn as a whole, judged by the original's predictions.
 
 The original's last hidden states are computed once. The quantized network runs block by block with its activations
-recomputed in the backward pass, so that memory is that of all codes, the hidden states between blocks, and one block;
-a step may ask to keep them instead.
+recomputed in the backward pass, so that memory is that of all codes, which may be mapped from a file, the hidden
+states between blocks, and one block; a step may ask to keep activations instead.
 Shapes: N samples, B batch, T tokens, D hidden, C tokens at a time, V vocabulary.
 """
 
