@@ -21,6 +21,7 @@ from makeweight.calib.capture import capture, finish, place
 from makeweight.calib.stream import advance
 from makeweight.errors import UserError
 from makeweight.methods.base import Context, FinetuneStep, Learnables, Params, Refinement
+from makeweight.models.attention import speed_up
 from makeweight.models.checkpoint import Checkpoint
 from makeweight.numerics.qtensor import QTensor
 from makeweight.sweep.block import Block
@@ -63,7 +64,7 @@ class Finetune:
         seed: int,
     ) -> None:
         self.ckpt, self.step, self.solved, self.device = ckpt, step, solved, device
-        self.skeleton = ckpt.skeleton().requires_grad_(False)
+        self.skeleton = speed_up(ckpt.skeleton()).requires_grad_(False)
         place(self.skeleton, device, context.dtype)
         captured = capture(self.skeleton, ckpt.spec.blocks, tokens_NT, dtype=context.dtype)
         self.first_NTD = self.last_NTD = captured.hidden_NTD

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from makeweight.calib.capture import capture, place
 from makeweight.calib.stream import Stream, advance
 from makeweight.methods.base import Context, Params, RoundStep, State
+from makeweight.models.attention import speed_up
 from makeweight.models.checkpoint import Checkpoint
 from makeweight.numerics.qtensor import QTensor
 from makeweight.recipe import Tune
@@ -57,7 +58,7 @@ class Sweep:
 
     def __init__(self, ckpt: Checkpoint, solver: Solver, tokens_NT: Tensor, device: torch.device) -> None:
         self.ckpt, self.solver, self.device = ckpt, solver, device
-        self.skeleton = ckpt.skeleton()
+        self.skeleton = speed_up(ckpt.skeleton())
         place(self.skeleton, device, ckpt.dtype)
         tune = solver.tune
         captured = capture(self.skeleton, ckpt.spec.blocks, tokens_NT, dtype=solver.context.dtype)

@@ -1,0 +1,87 @@
+"""A skeleton's attention is transformers' own up to bfloat16, and its very bits wherever ours does not apply."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from makeweight.models import attention
+from makeweight.models.attention import _attention, speed_up
+from tests.tiny import FAMILIES, tiny_model
+
+
+def _logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model.forward(input_ids=tokens, use_cache=False).logits.double()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_compute_what_transformers_computes(family: str) -> None:
+    model, ours = tiny_model(family).eval(), speed_up(tiny_model(family).eval())
+    tokens = torch.randint(0, 256, (2, 100), generator=torch.Generator().manual_seed(2))
+    exact = _logits(model, tokens)
+    assert torch.equal(_logits(ours, tokens), exact), "float32 is left to torch"
+    theirs = _logits(model.bfloat16(), tokens)
+    mine = _logits(ours.bfloat16(), tokens)
+    assert (mine - exact).norm() < 1.2 * (theirs - exact).norm()
+    plain = family in ("gemma2", "mistral")  # soft caps, and a window of 8 that needs a mask
+    assert torch.equal(mine, theirs) == plain
+
+
+def test_models_that_take_no_other_attention_keep_theirs() -> None:
+    class Rigid(LlamaForCausalLM):
+        _supports_attention_backend = False
+
+    config = tiny_model("llama").config
+    assert isinstance(config, LlamaConfig)
+    assert speed_up(Rigid(config)).config._attn_implementation == "sdpa"
+    eager = tiny_model("llama")
+    eager.set_attn_implementation("eager")
+    assert speed_up(eager).config._attn_implementation == "eager"
+
+
+class _Layer(nn.Module):
+    is_causal = True
+    num_key_value_groups = 2
+
+
+def _inputs(dtype: torch.dtype = torch.bfloat16, queries: int = 12) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, 4, queries, 8), (2, 2, 12, 8), (2, 2, 12, 8))
+    query, key, value = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
+    return query, key, value
+
+
+CASES: dict[str, tuple[dict[str, Any], Callable[[], tuple[Tensor, Tensor, Tensor]]]] = {
+    "mask": ({"attention_mask": torch.ones(12, 12, dtype=torch.bool).tril(2).triu(-3)}, _inputs),
+    "not causal": ({"is_causal": False}, _inputs),
+    "float32": ({}, lambda: _inputs(torch.float32)),
+    "decoding": ({}, lambda: _inputs(queries=1)),
+    "bias": ({"position_bias": torch.linspace(0, 1, 12).expand(1, 1, 12, 12).bfloat16()}, _inputs),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_not_plainly_causal_is_left_to_transformers(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> Tensor:
+        raise AssertionError("not ours")
+
+    monkeypatch.setattr(attention, "causal_attention", refuse)
+    named, make = CASES[case]
+    inputs = make()
+    mask = named.get("attention_mask")
+    named = {key: value for key, value in named.items() if key != "attention_mask"}
+    ours, _ = _attention(_Layer(), *inputs, mask, scaling=0.3, dropout=0.0, **named)
+    theirs, _ = sdpa_attention_forward(_Layer(), *inputs, mask, scaling=0.3, dropout=0.0, **named)
+    assert torch.equal(ours, theirs)
+
+
+def test_a_soft_cap_is_refused_as_transformers_refuses_it() -> None:
+    with pytest.raises(ValueError, match="softcap"):
+        _attention(_Layer(), *_inputs(), None, softcap=30.0)
