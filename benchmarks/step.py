@@ -3,8 +3,9 @@
     python -m benchmarks.step [--big] [--threads 2]
 
 Prints, for a SmolLM2-sized block (and with --big for a 7B-sized one), what a step of each method takes, which share
-of the machine's bf16 rate that is, and what SDE adds against its share of the operations. Also times fake
-quantization with clipping alone: as plain autograd operations, in closed form, and compiled.
+of the machine's bf16 rate that is, and what SDE adds against its share of the operations. Also times two parts of a
+step alone: fake quantization with clipping (plain autograd operations, compiled, in closed form) and causal attention
+(torch's, ours).
 """
 
 from __future__ import annotations
@@ -18,9 +19,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from makeweight.calib.capture import place
 from makeweight.methods.base import Context
+from makeweight.models.attention import speed_up
+from makeweight.numerics.attention import causal_attention
 from makeweight.numerics.flops import matmul_rate, step_flops
 from makeweight.numerics.grid import clipped_grid, from_codes, grouped, qparams
 from makeweight.numerics.memory import keep_freed_memory
@@ -31,7 +36,7 @@ from makeweight.sweep.chain import Chain, Steps
 from makeweight.sweep.descent import Descent
 from makeweight.sweep.fit import Judge
 
-METHODS = ("lwc", "lwc+sde", "lwc+sde+cl")
+METHODS = ("lwc", "lwc+sde", "lwc+sde+cl", "autoround", "autoround+cl")
 SEQLEN = 512
 SCHEME = Scheme(bits=3, group_size=64)
 SIZES = {  # hidden size, intermediate size, query heads, key and value heads
@@ -43,23 +48,28 @@ RESULTS = Path(__file__).parent / "results" / "step.json"
 
 def layers(title: str, count: int, device: torch.device) -> list[Block]:
     """Build random decoder layers of a size, with the arguments that they are called with."""
-    from transformers import LlamaConfig
-    from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+    from transformers import LlamaConfig, LlamaModel
 
     hidden, inner, heads, kv_heads = SIZES[title]
     config = LlamaConfig(
-        hidden_size=hidden, intermediate_size=inner, num_attention_heads=heads, num_key_value_heads=kv_heads
+        vocab_size=8,
+        num_hidden_layers=count,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
     )
-    config._attn_implementation = "sdpa"
+    model = LlamaModel(config).requires_grad_(False)
+    speed_up(model)
+    place(model, device, torch.bfloat16)
     positions_1T = torch.arange(SEQLEN, device=device).unsqueeze(0)
     probe = torch.zeros(1, SEQLEN, hidden, dtype=torch.bfloat16, device=device)
     kwargs = {
-        "position_embeddings": LlamaRotaryEmbedding(config).to(device)(probe, positions_1T),
+        "position_embeddings": model.rotary_emb(probe, positions_1T),
         "attention_mask": None,
     }
     blocks = []
-    for index in range(count):
-        module = LlamaDecoderLayer(config, index).to(device, torch.bfloat16).requires_grad_(False)
+    for index, module in enumerate(model.layers):
         names = tuple(name for name, part in module.named_modules() if isinstance(part, nn.Linear))
         blocks.append(Block(index, module, names, kwargs))
     return blocks
@@ -161,6 +171,28 @@ def measure_grid(device: torch.device, budget: float) -> dict[str, float]:
     return alternate({name: partial(run, way) for name, way in ways.items()}, device, budget=budget)
 
 
+def torch_attention(query_BHTD: Tensor, key_BKTD: Tensor, value_BKTD: Tensor) -> Tensor:
+    """Attend as transformers does, with torch's fused kernel."""
+    times = query_BHTD.shape[1] // key_BKTD.shape[1]
+    key_BHTD, value_BHTD = (item.repeat_interleave(times, 1) for item in (key_BKTD, value_BKTD))
+    return F.scaled_dot_product_attention(query_BHTD, key_BHTD, value_BHTD, is_causal=True)
+
+
+def measure_attention(batch: int, device: torch.device, budget: float) -> dict[str, float]:
+    """Time causal attention, forward and backward, with the heads of a SmolLM2 block."""
+    hidden, _, heads, kv_heads = SIZES["SmolLM2-135M block"]
+    width = hidden // heads
+    shapes = [(batch, count, SEQLEN, width) for count in (heads, kv_heads, kv_heads)]
+    parts = [torch.randn(shape, device=device).to(torch.bfloat16).requires_grad_() for shape in shapes]
+    grad = torch.randn(shapes[0], device=device).to(torch.bfloat16)
+    ways = {"torch": torch_attention, "ours": partial(causal_attention, scale=width**-0.5)}
+
+    def run(way: Callable[..., Tensor]) -> None:
+        torch.autograd.grad(way(*parts), parts, grad)
+
+    return alternate({name: partial(run, way) for name, way in ways.items()}, device, budget=budget)
+
+
 def main() -> None:
     """Measure, print, and keep the figures as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -181,13 +213,17 @@ def main() -> None:
         for row in rows:
             print(f"  {row['method']:<12} {row['seconds']:8.3f} s  {row['share_of_rate']:6.1%} of that rate")
         print(f"  lwc+sde costs {sde_overhead(rows):.2f} times its share of the operations more than lwc")
-    grids = measure_grid(device, args.seconds)
-    found["fake quantization, forward and backward"] = grids
-    print("fake quantization of a block's weights, forward and backward")
-    for name, took in grids.items():
-        print(f"  {name:<12} {took * 1e3:7.1f} ms  {grids['plain'] / took:5.1f} x plain")
+    parts = {
+        "fake quantization of a block's weights": measure_grid(device, args.seconds),
+        f"causal attention, {args.batch} x {SEQLEN} tokens": measure_attention(args.batch, device, args.seconds),
+    }
+    for title, times in parts.items():
+        first = next(iter(times))
+        print(f"{title}, forward and backward")
+        for name, took in times.items():
+            print(f"  {name:<12} {took * 1e3:7.1f} ms  {times[first] / took:5.1f} x {first}")
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+    RESULTS.write_text(json.dumps(found | parts, indent=1) + "\n")
 
 
 if __name__ == "__main__":
