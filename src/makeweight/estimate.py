@@ -155,7 +155,7 @@ def _finetune_work(
     tokens = step.batch_size * calib.seqlen
     blocks = sum(block_flops(found, config.hidden_size, step.batch_size, calib.seqlen) for found in shapes.values())
     head = 2 * tokens * config.hidden_size * config.vocab_size
-    return step.steps * ((4 / 3 if step.recompute else 1) * blocks + 5 * head)
+    return step.steps * ((4 / 3 if step.recompute else 1) * blocks + 3 * head)
 
 
 def _block_work(plan: Plan, recipe: Recipe, ckpt: Checkpoint, shapes: Sequence[tuple[int, int]]) -> float:

@@ -19,9 +19,10 @@ from makeweight.pipeline import Job, quantize
 from makeweight.recipe import Eval, Recipe
 from makeweight.report.record import Record
 from makeweight.store import Store
+from makeweight.sweep import finetune
 from makeweight.sweep.finetune import Finetune
 from tests.runs import files, our_logits, small, tensors
-from tests.tiny import tiny_folder
+from tests.tiny import VOCABULARY, tiny_folder
 
 NOT_MEASURED = Eval(datasets=(), seqlen=64)
 pytestmark = pytest.mark.usefixtures("known_rate")
@@ -64,7 +65,11 @@ def test_the_loss_is_that_of_the_written_model(family: str, rounding: bool, text
     assert loss == pytest.approx(divergence(source, out, tokens_NT), rel=0.02)
 
 
-def test_gradients_are_those_of_a_small_move(llama: Path, text: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("tokens", [1000, 50])
+def test_gradients_are_those_of_a_small_move(
+    tokens: int, llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(finetune, "LOGIT_BYTES", tokens * 4 * VOCABULARY)  # all logits at once, and in three parts
     recipe = a_recipe(llama, tmp_path / "out", text, method="mse", options={})
     scheme = replace(recipe.scheme, scale_dtype="float32")  # coarser ones would hide a small move
     recipe = replace(recipe, tune=replace(recipe.tune, dtype="float32"), scheme=scheme)

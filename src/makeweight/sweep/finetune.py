@@ -3,7 +3,7 @@
 The original's last hidden states are computed once. The quantized network runs block by block with its activations
 recomputed in the backward pass, so that memory is that of all codes, which may be mapped from a file, the hidden
 states between blocks, and one block; a step may ask to keep activations instead.
-Shapes: N samples, B batch, T tokens, D hidden, C tokens at a time, V vocabulary.
+Shapes: N samples, B batch, T tokens, M = B * T, D hidden, C tokens at a time, V vocabulary.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,7 @@ from makeweight.numerics.qtensor import QTensor
 from makeweight.sweep.block import Block
 from makeweight.sweep.descent import Descent
 
-LOGIT_BYTES = 1 << 27
+LOGIT_BYTES = 1 << 25
 """Logits that are held at a time, fp32."""
 CHECKS = 5
 MAX_HALVINGS = 3
@@ -185,15 +186,12 @@ class Finetune:
                 hidden_BTD = checkpoint(_run, block, part, hidden_BTD, use_reentrant=False, preserve_rng_state=False)
             else:
                 hidden_BTD = _run(block, part, hidden_BTD)
-        config = self.ckpt.config.get_text_config()
-        chunk = max(1, LOGIT_BYTES // (4 * config.vocab_size))
-        ours, theirs = (states.flatten(0, 1).split(chunk) for states in (hidden_BTD, self.last_NTD[index]))
-        total = hidden_BTD.new_zeros((), dtype=torch.float32)
-        for ours_CD, theirs_CD in zip(ours, theirs, strict=True):
-            theirs_CD = theirs_CD.to(self.device)
-            part = checkpoint(self._divergence, ours_CD, theirs_CD, use_reentrant=False, preserve_rng_state=False)
-            total = total + part
-        return total / hidden_BTD.shape[:2].numel()
+        tokens = hidden_BTD.shape[:2].numel()
+        last_MD = self.last_NTD[index].flatten(0, 1).to(self.device)
+        chunk = max(1, LOGIT_BYTES // (4 * self.ckpt.config.get_text_config().vocab_size))
+        total = _InParts.apply(hidden_BTD.flatten(0, 1), last_MD, self._divergence, chunk)
+        assert isinstance(total, Tensor)
+        return total / tokens
 
     def _divergence(self, ours_CD: Tensor, theirs_CD: Tensor) -> Tensor:
         """Return the sum over tokens of the Kullback-Leibler divergence from the original's predictions."""
@@ -220,6 +218,31 @@ class Finetune:
             )
         self._take(self.best)
         self.descent = Descent(self.learnables(), self.step.steps)
+
+
+class _InParts(torch.autograd.Function):
+    """A sum over tokens whose logits are in memory for a part at a time; its slope is taken on the way."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, ours_MD: Tensor, theirs_MD: Tensor, divergence: Callable[[Tensor, Tensor], Tensor], chunk: int
+    ) -> Tensor:
+        total, slopes = ours_MD.new_zeros((), dtype=torch.float32), []
+        for ours_CD, theirs_CD in zip(ours_MD.split(chunk), theirs_MD.split(chunk), strict=True):
+            leaf_CD = ours_CD.detach().requires_grad_(ctx.needs_input_grad[0])
+            with torch.set_grad_enabled(ctx.needs_input_grad[0]):
+                part = divergence(leaf_CD, theirs_CD)
+            total += part.detach()
+            if ctx.needs_input_grad[0]:
+                slopes += torch.autograd.grad(part, leaf_CD)
+        if slopes:
+            ctx.save_for_backward(torch.cat(slopes))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (slope_MD,) = ctx.saved_tensors
+        return (grads[0] * slope_MD).to(slope_MD.dtype), None, None, None
 
 
 def _run(block: Block, part: Refinement | None, hidden_BTD: Tensor) -> Tensor:
