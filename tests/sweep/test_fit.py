@@ -99,6 +99,20 @@ def test_the_last_step_is_not_what_is_kept(case: Problem) -> None:
     assert same(start, learned(chain))
 
 
+def test_the_mean_of_the_last_states_is_kept_where_it_is_better(case: Problem) -> None:
+    chain, states = case.chain(Sde(band=2, rate=0.3)), list[list[Tensor]]()
+    fit = case.fit(chain, steps=48, tick=lambda: states.append(learned(chain)))
+    report = fit.run()
+    assert report.averaged and report.best_step == 48
+    assert report.error_after == pytest.approx(case.held_out_error(fit), rel=1e-6)
+    for mean, *values in zip(learned(chain), *states[-12:], strict=True):
+        torch.testing.assert_close(mean, torch.stack(values).mean(0))
+    kept = chain.state_dict()
+    for key, value in zip(kept, states[-1], strict=True):
+        kept[key].copy_(value)
+    assert report.error_after < case.held_out_error(fit), "the last state is not as good"
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_same_seed_same_codes(dtype: torch.dtype) -> None:
     """Nothing outside the seed has a say: not torch's global generator, nor a fresh model."""

@@ -6,7 +6,7 @@ Shapes: N samples, B batch, T tokens, D hidden.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,8 @@ from makeweight.sweep.chain import Chain
 from makeweight.sweep.descent import Descent
 
 MAX_HALVINGS = 3
+AVERAGED = 0.25
+"""The share of the steps, at the end, whose mean state is tried as well: small batches make states wander about it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,10 +60,12 @@ class FitReport:
     error_after: float
     best_step: int
     halvings: int
+    averaged: bool = False
+    """Whether what was kept is the mean of the last states."""
 
 
 class Fit:
-    """One block's learning: batches, schedule, checks on held-out samples, best state, rollback."""
+    """One block's learning: batches, schedule, checks on held-out samples, best or mean state, rollback."""
 
     def __init__(
         self,
@@ -92,7 +96,7 @@ class Fit:
         if not self.steps or not list(self.chain.learnables()):
             return FitReport(error_before=start, error_after=start, best_step=0, halvings=0)
         kept, best_step, rate, halvings, step = self._snapshot(), 0, 1.0, 0, 0
-        descent = Descent(self.chain.learnables(), self.steps)
+        descent, mean = Descent(self.chain.learnables(), self.steps), _Mean()
         while step < self.steps:
             step += 1
             finite = self._step(descent, step, rate)
@@ -105,11 +109,23 @@ class Fit:
                 halvings, rate = halvings + 1, rate / 2
                 self._give_up(halvings, step, rate)
                 self.chain.load_state_dict(kept)
-                descent = Descent(self.chain.learnables(), self.steps)
+                descent, mean = Descent(self.chain.learnables(), self.steps), _Mean()
+            if step > self.steps * (1 - AVERAGED):
+                mean.add(self.chain.state_dict())
             if self.tick is not None:
                 self.tick()
-        self.chain.load_state_dict(kept)
-        return FitReport(error_before=start, error_after=best, best_step=best_step, halvings=halvings)
+        self.chain.load_state_dict(mean.state)
+        error = self._check()
+        averaged = error < best
+        if not averaged:
+            self.chain.load_state_dict(kept)
+        return FitReport(
+            error_before=start,
+            error_after=error if averaged else best,
+            best_step=self.steps if averaged else best_step,
+            halvings=halvings,
+            averaged=averaged,
+        )
 
     def _step(self, descent: Descent, number: int, rate: float) -> bool:
         """Take one step; return False, with nothing moved, where the loss is not finite."""
@@ -154,3 +170,20 @@ class Fit:
                 f"block {self.judge.blocks[0].index}: the loss is not finite at step {step} even at learning rates "
                 f"{groups}; start again with lower rates (--lr) or without the method that learns fastest."
             )
+
+
+class _Mean:
+    """The running mean of states; what is not a floating-point number is that of the last."""
+
+    def __init__(self) -> None:
+        self.state: dict[str, Tensor] = {}
+        self.count = 0
+
+    @torch.no_grad()
+    def add(self, state: Mapping[str, Tensor]) -> None:
+        self.count += 1
+        for key, value in state.items():
+            if key in self.state and value.is_floating_point():
+                self.state[key].lerp_(value, 1 / self.count)
+            else:
+                self.state[key] = value.detach().clone()
