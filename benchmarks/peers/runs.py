@@ -10,6 +10,7 @@ from typing import Any
 from makeweight.effort import EFFORTS
 from makeweight.errors import UserError, did_you_mean
 from makeweight.numerics.scheme import Scheme
+from makeweight.plan import compose
 
 OURS: dict[str, dict[str, Any]] = {
     **{
@@ -77,7 +78,11 @@ THEIRS: dict[str, Run] = {
 def _effort_note(name: str) -> str:
     """Say what an effort stands for; a run that is named after its method needs no word."""
     effort = EFFORTS.get(name.removeprefix("makeweight-"))
-    return f"`{effort.method}`, {effort.steps} steps of {effort.batch_size} samples for each block" if effort else ""
+    if effort is None:
+        return ""
+    last = compose(effort.method, options=effort.options).finetune
+    then = "" if last is None else f", then {last.steps} of {last.batch_size} for the whole network"
+    return f"`{effort.method}`, {effort.steps} steps of {effort.batch_size} samples for each block{then}"
 
 
 RUNS: dict[str, Run] = {
