@@ -26,7 +26,7 @@ from makeweight.export.run import export_model
 from makeweight.methods.base import Context
 from makeweight.models.checkpoint import Checkpoint
 from makeweight.models.load import open_checkpoint
-from makeweight.numerics.memory import keep_freed_memory, peak_memory, reset_peak_memory
+from makeweight.numerics.memory import keep_freed_memory, peak_memory, release_freed_memory, reset_peak_memory
 from makeweight.plan import Plan, check, compose
 from makeweight.recipe import Recipe
 from makeweight.report import progress
@@ -202,6 +202,7 @@ class Job:
             return
         if (learned := folder.scratch(LEARNED)) is None:
             solved, context = {index: store.mapped(index) for index in self.blocks}, self.solver().context
+            release_freed_memory()
             tuner = Finetune(
                 self.ckpt, step, solved, self.tokens_NT, context, device=self.device, seed=self.recipe.seed
             )

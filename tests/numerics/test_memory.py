@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from makeweight.numerics.memory import keep_freed_memory, peak_memory, reset_peak_memory
+from makeweight.numerics.memory import keep_freed_memory, peak_memory, release_freed_memory, reset_peak_memory
 
 SIZE = 200_000_000
 
@@ -26,3 +27,20 @@ def test_the_peak_rises_with_what_is_held_and_starts_anew() -> None:
 def test_asking_the_allocator_is_harmless() -> None:
     keep_freed_memory()
     assert peak_memory() > 1_000_000
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only glibc can be asked")
+def test_freed_buffers_stay_until_they_are_released() -> None:
+    keep_freed_memory()
+    before = resident()
+    pieces = [torch.ones(1_000_000, dtype=torch.uint8) for _ in range(200)]
+    del pieces
+    kept = resident()
+    release_freed_memory()
+    assert resident() < kept - 0.5 * SIZE
+    assert resident() < before + 0.2 * SIZE
+
+
+def resident() -> int:
+    """Return the process's resident bytes now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096

@@ -19,14 +19,25 @@ def keep_freed_memory() -> None:
     Every optimiser step frees and takes the same few megabytes per weight, which would otherwise be mapped and zeroed
     by the kernel again each time. Does nothing on other systems.
     """
+    if (libc := _glibc()) is not None:
+        libc.mallopt(_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
+        libc.mallopt(_TRIM_THRESHOLD, 2**30)
+
+
+def release_freed_memory() -> None:
+    """Hand freed buffers back after all, where the work that follows takes others; nothing on other systems."""
+    if (libc := _glibc()) is not None:
+        libc.malloc_trim(0)
+
+
+def _glibc() -> ctypes.CDLL | None:
+    """Return the C library where it is glibc: only that has both of these."""
     if not sys.platform.startswith("linux"):
-        return
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):  # another libc
-        return
-    mallopt(_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
-    mallopt(_TRIM_THRESHOLD, 2**30)
+        return None
+    with suppress(OSError, AttributeError):  # another libc
+        libc = ctypes.CDLL("libc.so.6")
+        return libc if libc.mallopt and libc.malloc_trim else None
+    return None
 
 
 def reset_peak_memory() -> None:

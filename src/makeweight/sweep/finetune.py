@@ -28,7 +28,7 @@ from makeweight.numerics.qtensor import QTensor
 from makeweight.sweep.block import Block
 from makeweight.sweep.descent import Descent
 
-LOGIT_BYTES = 1 << 25
+LOGIT_BYTES = 1 << 24
 """Logits that are held at a time, fp32."""
 CHECKS = 5
 MAX_HALVINGS = 3
