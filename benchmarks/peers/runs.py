@@ -10,7 +10,6 @@ from typing import Any
 from makeweight.effort import EFFORTS
 from makeweight.errors import UserError, did_you_mean
 from makeweight.numerics.scheme import Scheme
-from makeweight.plan import compose
 
 OURS: dict[str, dict[str, Any]] = {
     **{
@@ -75,20 +74,22 @@ THEIRS: dict[str, Run] = {
 }
 
 
-def _effort_note(name: str) -> str:
-    """Say what an effort stands for; a run that is named after its method needs no word."""
+RUNS: dict[str, Run] = {
+    **{name: Run(program="makeweight", options=options) for name, options in OURS.items()},
+    **THEIRS,
+}
+
+
+def note_on(name: str) -> str:
+    """Say what a run stands for; one of ours that is named after its method needs no word."""
     effort = EFFORTS.get(name.removeprefix("makeweight-"))
     if effort is None:
-        return ""
+        return RUNS[name].note
+    from makeweight.plan import compose  # brings torch, which the process that measures does without
+
     last = compose(effort.method, options=effort.options).finetune
     then = "" if last is None else f", then {last.steps} of {last.batch_size} for the whole network"
     return f"`{effort.method}`, {effort.steps} steps of {effort.batch_size} samples for each block{then}"
-
-
-RUNS: dict[str, Run] = {
-    **{name: Run(program="makeweight", options=options, note=_effort_note(name)) for name, options in OURS.items()},
-    **THEIRS,
-}
 
 
 @dataclass(frozen=True, kw_only=True)

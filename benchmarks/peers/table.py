@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.common import table
 from benchmarks.peers.programs import NOT_RUN
-from benchmarks.peers.runs import ORIGINAL, RUNS, SETTINGS
+from benchmarks.peers.runs import ORIGINAL, RUNS, SETTINGS, note_on
 
 DOMAINS = {"wikitext2": "WikiText-2", "enwiki": "enwiki"}
 COSTS = ("minutes", "CPU minutes", "peak GB")
@@ -67,6 +67,6 @@ def _notes(cells: Mapping[str, Mapping[str, Any]]) -> str:
     lines.append(f"- {GAP_NOTE}")
     lines.append(f"- {COSTS_NOTE}")
     run = {name.partition("/")[2] for name in cells}
-    lines += [f"- `{name}`: {RUNS[name].note}." for name in RUNS if name in run and RUNS[name].note]
+    lines += [f"- `{name}`: {note}." for name in RUNS if name in run and (note := note_on(name))]
     lines += [f"- Not run: {name}; {reason}." for name, reason in NOT_RUN.items()]
     return "\n".join(lines)
