@@ -14,6 +14,7 @@ from makeweight.errors import UserError
 from makeweight.estimate import Estimate, estimate
 from makeweight.models.checkpoint import Checkpoint
 from makeweight.models.load import open_checkpoint
+from makeweight.numerics import attention
 from makeweight.numerics.scheme import Scheme
 from makeweight.pipeline import preflight
 from makeweight.plan import compose
@@ -71,6 +72,15 @@ def test_what_reads_inputs_and_what_learns_at_the_end_is_counted(recipe: Recipe,
     assert of(recipe, ckpt, method="lwc+aug").memory_bytes - of(recipe, ckpt, method="lwc").memory_bytes == stream
     assert of(recipe, ckpt, method="scale+lwc").memory_bytes > of(recipe, ckpt, method="lwc").memory_bytes
     assert of(recipe, ckpt, method="rtn+e2e").memory_bytes > of(recipe, ckpt, method="rtn").memory_bytes
+
+
+def test_probabilities_that_attention_keeps_are_counted(
+    recipe: Recipe, ckpt: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_them = of(recipe, ckpt, method="lwc").memory_bytes
+    monkeypatch.setattr(attention, "KEPT_BYTES", 0)
+    batch, heads, tokens = recipe.tune.batch_size, ckpt.config.num_attention_heads, recipe.calib.seqlen
+    assert with_them - of(recipe, ckpt, method="lwc").memory_bytes == batch * heads * tokens**2
 
 
 def test_disk_follows_the_bits(recipe: Recipe, ckpt: Checkpoint) -> None:

@@ -73,7 +73,6 @@ THEIRS: dict[str, Run] = {
     ),
 }
 
-
 RUNS: dict[str, Run] = {
     **{name: Run(program="makeweight", options=options) for name, options in OURS.items()},
     **THEIRS,

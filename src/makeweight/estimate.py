@@ -13,6 +13,7 @@ import torch
 
 from makeweight.errors import UserError
 from makeweight.methods.base import FinetuneStep
+from makeweight.numerics.attention import kept_bytes
 from makeweight.numerics.flops import block_flops, matmul_rate, step_flops
 from makeweight.plan import Plan
 from makeweight.recipe import Recipe
@@ -120,8 +121,15 @@ def _learning(plan: Plan, recipe: Recipe, ckpt: Checkpoint, shapes: Sequence[tup
     products = 4 * sum(columns**2 for _, columns in shapes) if reads else 0
     if plan.rounding is not None:
         products = max(products, 4 * 4 * max(columns for _, columns in shapes) ** 2)
-    activations = 34 * tune.batch_size * calib.seqlen * config.hidden_size * 2 * (1 + ahead)
+    activations = (1 + ahead) * _activations(ckpt, tune.batch_size, calib.seqlen)
     return streams + (1 + ahead) * weights * 2 + chain + products + activations
+
+
+def _activations(ckpt: Checkpoint, batch_size: int, seqlen: int) -> float:
+    """Return bytes that one block keeps of one batch for its backward pass."""
+    config = ckpt.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", 1)
+    return 34 * batch_size * seqlen * config.hidden_size * 2 + kept_bytes(batch_size, heads, seqlen)
 
 
 def _finetuning(
@@ -140,9 +148,10 @@ def _finetuning(
     memory += 2 * calib.nsamples * calib.seqlen * config.hidden_size * 2
     states = step.batch_size * calib.seqlen * config.hidden_size * 2
     if step.recompute:
-        memory += (len(shapes) + 34) * states
+        memory += len(shapes) * states + _activations(ckpt, step.batch_size, calib.seqlen)
     else:  # with the weights of every block, and their codes once more
-        memory += 34 * len(shapes) * states + sum(3 * math.prod(shape) for index in blocks for shape in shapes[index])
+        memory += len(shapes) * _activations(ckpt, step.batch_size, calib.seqlen)
+        memory += sum(3 * math.prod(shape) for index in blocks for shape in shapes[index])
     largest = max(sum(math.prod(shape) for shape in found) for found in shapes.values())
     return memory + 4 * 6 * largest + 6 * LOGIT_BYTES
 

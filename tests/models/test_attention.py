@@ -1,4 +1,4 @@
-"""A skeleton's attention is transformers' own up to bfloat16, and its very bits wherever ours does not apply."""
+"""A learning model's attention is transformers' own up to bfloat16, and its very bits wherever ours does not apply."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def test_families_compute_what_transformers_computes(family: str) -> None:
     theirs = _logits(model.bfloat16(), tokens)
     mine = _logits(ours.bfloat16(), tokens)
     assert (mine - exact).norm() < 1.2 * (theirs - exact).norm()
-    plain = family in ("gemma2", "mistral")  # soft caps, and a window of 8 that needs a mask
-    assert torch.equal(mine, theirs) == plain
+    left_to_torch = family in ("gemma2", "mistral")  # soft caps, and a window of 8 that needs a mask
+    assert torch.equal(mine, theirs) == left_to_torch
 
 
 def test_models_that_take_no_other_attention_keep_theirs() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import sys
 from pathlib import Path
 
@@ -43,4 +44,4 @@ def test_freed_buffers_stay_until_they_are_released() -> None:
 
 def resident() -> int:
     """Return the process's resident bytes now."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
