@@ -176,6 +176,21 @@ def test_a_folder_of_another_run(llama: Path, text: Path, tmp_path: Path) -> Non
     assert solved(recipe) == [2]
 
 
+def test_a_folder_in_which_the_same_run_is_under_way(llama: Path, text: Path, tmp_path: Path) -> None:
+    pytest.importorskip("fcntl")
+    recipe = unmeasured(llama, tmp_path / "out", text)
+
+    def again(*_: Any) -> bool:
+        before = files(tmp_path)
+        with pytest.raises(UserError, match="is being written by another run"):
+            quantize(recipe)
+        assert files(tmp_path) == before
+        return True
+
+    interrupted(recipe, Sweep, "solve", again)
+    quantize(recipe)
+
+
 def test_a_folder_whose_text_has_changed(llama: Path, tmp_path: Path) -> None:
     """Half of the blocks on one text and half on another is a model that no recipe describes."""
     words = a_text(tmp_path / "words.txt")

@@ -50,20 +50,8 @@ def quantize(recipe: Recipe) -> Record:
     reset_peak_memory()
     job = Job.prepare(recipe)
     folder = Folder.claim(recipe.out, identity=job.identity(), shards=job.ckpt.n_blocks + 1)
-    if not folder.done:
-        print(job.estimate.sentence(), file=sys.stderr)
-        job.solve(folder)
-        job.finetune(folder)
-        files = [file for file in job.ckpt.side_files() if file.name not in OWN]
-        folder.finish(job.config(), files, {"recipe.json": recipe.to_json()})
-    elif folder.sealed:
-        record = Record.load(folder.path)
-        if all(record.recipe[name] == recipe_data(recipe)[name] for name in ("eval", "formats")):
-            return record
-    folder.unseal()
-    record = job.record(folder)
-    folder.seal()
-    return record
+    with folder.alone():
+        return job.run(folder)
 
 
 def preflight(recipe: Recipe) -> str:
@@ -110,6 +98,23 @@ class Job:
         )
         check_formats(Path(recipe.out).expanduser(), recipe.formats, job.facts(), identity=job.identity())
         return job
+
+    def run(self, folder: Folder) -> Record:
+        """Do what is missing in a folder, and return the record of the whole."""
+        if not folder.done:
+            print(self.estimate.sentence(), file=sys.stderr)
+            self.solve(folder)
+            self.finetune(folder)
+            files = [file for file in self.ckpt.side_files() if file.name not in OWN]
+            folder.finish(self.config(), files, {"recipe.json": self.recipe.to_json()})
+        elif folder.sealed:
+            record = Record.load(folder.path)
+            if all(record.recipe[name] == recipe_data(self.recipe)[name] for name in ("eval", "formats")):
+                return record
+        folder.unseal()
+        record = self.record(folder)
+        folder.seal()
+        return record
 
     def facts(self) -> Facts:
         """Return what formats ask, as far as it is known before anything is solved."""

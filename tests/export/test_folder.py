@@ -83,6 +83,26 @@ def test_a_marker_that_is_not_ours(text: str, tmp_path: Path) -> None:
     refused(out)
 
 
+def test_one_run_at_a_time(tmp_path: Path) -> None:
+    pytest.importorskip("fcntl")
+    first, second = claim(tmp_path / "out"), claim(tmp_path / "out")
+    with first.alone():
+        with pytest.raises(UserError, match=rf"{tmp_path}/out is being written by another run: wait"), second.alone():
+            pass
+        with claim(tmp_path / "other").alone():
+            pass
+    with second.alone():
+        pass
+
+
+def test_a_run_that_fails_lets_others_in(tmp_path: Path) -> None:
+    folder = claim(tmp_path / "out")
+    with pytest.raises(ZeroDivisionError), folder.alone():
+        raise ZeroDivisionError
+    with folder.alone():
+        pass
+
+
 def test_a_shard_comes_back(tmp_path: Path) -> None:
     folder = claim(tmp_path / "out")
     folder.write(1, TENSORS, REPORT)

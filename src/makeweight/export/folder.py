@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,30 @@ class Folder:
     def done(self) -> bool:
         """Whether everything has been written."""
         return bool((self.marker() or {}).get("done"))
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep other processes out of the folder meanwhile; the system forgets the lock of one that dies.
+
+        Raises UserError where another run holds it. Systems and disks that know no such lock do without.
+        """
+        handle = None
+        with suppress(ImportError, OSError):  # no fcntl on Windows, no locks on some network disks
+            import fcntl
+
+            handle = os.open(self.path, os.O_RDONLY)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(handle)
+                raise UserError(
+                    f"{self.path} is being written by another run: wait for it, or give another --out."
+                ) from None
+        try:
+            yield
+        finally:
+            if handle is not None:
+                os.close(handle)
 
     def shard(self, index: int) -> Path:
         """Return the path of a shard; 0 holds what lies outside the blocks, i + 1 block i."""

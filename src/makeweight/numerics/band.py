@@ -112,7 +112,7 @@ class _BandUpdate(torch.autograd.Function):
         u_OR, v_IR = ctx.saved_tensors
         grad_OI = grads[0].to(u_OR.dtype)
         if u_OR.shape[0] > v_IR.shape[0]:
-            return band_of_product(v_IR, grad_OI.T @ u_OR, ctx.band).to(ctx.dtype), None, None
+            return band_of_product(v_IR, (u_OR.T @ grad_OI).T, ctx.band).to(ctx.dtype), None, None
         return band_of_product(u_OR, grad_OI @ v_IR, ctx.band).to(ctx.dtype), None, None
 
 

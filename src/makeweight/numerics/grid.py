@@ -113,12 +113,17 @@ class _ClippedGrid(torch.autograd.Function):
             grad_offset = (grad_OGS * scale_OG.unsqueeze(-1)).flatten(1)
         if ctx.needs_input_grad[0]:
             # The ends of a range move with the weights that set them.
-            for end_OG, pull_OG in ((low_OG, grad_low_OG * low_factor_OG), (high_OG, grad_high_OG * high_factor_OG)):
-                sets_OGS = _flip(torch.sub(weight_OGS, end_OG.unsqueeze(-1)).sign_().abs_())
-                share_OG = pull_OG / sets_OGS.sum(-1).clamp_(min=1)
-                grad_OGS.addcmul_(sets_OGS, share_OG.unsqueeze(-1))
+            _pull(grad_OGS, low_OG.unsqueeze(-1) - weight_OGS, grad_low_OG * low_factor_OG)
+            _pull(grad_OGS, weight_OGS - high_OG.unsqueeze(-1), grad_high_OG * high_factor_OG)
             grad_weight = grad_OGS.flatten(1)
         return grad_weight, grad_low_OG * low_OG, grad_high_OG * high_OG, grad_offset, None, None, None, None
+
+
+def _pull(grad_OGS: Tensor, gap_OGS: Tensor, pull_OG: Tensor) -> None:
+    """Share a pull among the weights that set an end of their range: their gap to it is 0, that of all others less."""
+    sets_OGS = gap_OGS.sign_().add_(1)
+    share_OG = pull_OG / sets_OGS.sum(-1).clamp_(min=1)
+    grad_OGS.addcmul_(sets_OGS, share_OG.unsqueeze(-1))
 
 
 def _like(offset_OI: Tensor | None, weight_OGS: Tensor) -> Tensor | None:
