@@ -16,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from operator import truediv
 from pathlib import Path
 
 import torch
@@ -75,8 +76,10 @@ def layers(title: str, count: int, device: torch.device) -> list[Block]:
     return blocks
 
 
-def alternate(works: Mapping[str, Callable[[], object]], device: torch.device, *, budget: float) -> dict[str, float]:
-    """Return the median seconds of one call of each, called in turn so that a busy moment hits all of them."""
+def alternate(
+    works: Mapping[str, Callable[[], object]], device: torch.device, *, budget: float
+) -> dict[str, list[float]]:
+    """Return the seconds of every call of each, called in turn so that a busy moment hits all of them."""
     for work in works.values():
         work()
     times: dict[str, list[float]] = {name: [] for name in works}
@@ -89,6 +92,11 @@ def alternate(works: Mapping[str, Callable[[], object]], device: torch.device, *
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             times[name].append(time.perf_counter() - start)
+    return times
+
+
+def middle(times: Mapping[str, list[float]]) -> dict[str, float]:
+    """Return the median seconds of each."""
     return {name: statistics.median(found) for name, found in times.items()}
 
 
@@ -117,7 +125,8 @@ def measure_block(title: str, batch: int, device: torch.device, budget: float) -
         return step
 
     rates = [matmul_rate(device, rows=batch * SEQLEN, size=hidden)]
-    took = alternate({method: stepper(method) for method in METHODS}, device, budget=budget)
+    times = alternate({method: stepper(method) for method in METHODS}, device, budget=budget)
+    took = middle(times)
     rates.append(matmul_rate(device, rows=batch * SEQLEN, size=hidden))
     rows: list[dict[str, float | str]] = []
     for method, plan in plans.items():
@@ -126,17 +135,17 @@ def measure_block(title: str, batch: int, device: torch.device, budget: float) -
             {
                 "block": title, "method": method, "tokens": batch * SEQLEN, "seconds": took[method],
                 "gflop": work / 1e9, "rate_gflops": rate / 1e9, "share_of_rate": work / took[method] / rate,
+                "times_lwc": statistics.median(map(truediv, times[method], times["lwc"])),
             }
         )  # fmt: skip
     return rows
 
 
 def sde_overhead(rows: Sequence[dict[str, float | str]]) -> float:
-    """Return the time SDE adds to `lwc`, over the time of `lwc` times SDE's share of the operations."""
+    """Return the time SDE adds to `lwc`, round by round, over the time of `lwc` times SDE's share of the operations."""
     found = {row["method"]: row for row in rows}
     lwc, sde = found["lwc"], found["lwc+sde"]
-    added = float(sde["seconds"]) / float(lwc["seconds"]) - 1
-    return added / (float(sde["gflop"]) / float(lwc["gflop"]) - 1)
+    return (float(sde["times_lwc"]) - 1) / (float(sde["gflop"]) / float(lwc["gflop"]) - 1)
 
 
 def plain_grid(weight_OI: Tensor, low_OG: Tensor, high_OG: Tensor) -> Tensor:
@@ -168,7 +177,7 @@ def measure_grid(device: torch.device, budget: float) -> dict[str, float]:
         way(weight, low, high).backward(grad)
         weight.grad = low.grad = high.grad = None
 
-    return alternate({name: partial(run, way) for name, way in ways.items()}, device, budget=budget)
+    return middle(alternate({name: partial(run, way) for name, way in ways.items()}, device, budget=budget))
 
 
 def torch_attention(query_BHTD: Tensor, key_BKTD: Tensor, value_BKTD: Tensor) -> Tensor:
@@ -190,7 +199,7 @@ def measure_attention(batch: int, device: torch.device, budget: float) -> dict[s
     def run(way: Callable[..., Tensor]) -> None:
         torch.autograd.grad(way(*parts), parts, grad)
 
-    return alternate({name: partial(run, way) for name, way in ways.items()}, device, budget=budget)
+    return middle(alternate({name: partial(run, way) for name, way in ways.items()}, device, budget=budget))
 
 
 def main() -> None:

@@ -3,8 +3,9 @@
     python -m recipes.hosts [HOST ...]
 
 The protocol is that of recipes.ablation, at W3A16g64 and W2A16g64; three seeds for the hosts in SEEDS, one for the
-rest. A host that learns nothing has nothing for cl to judge: such cells do not exist. Resumes where it stopped;
-results in benchmarks/results/hosts.json, and the table of what is there is printed at the end.
+rest. A host that learns nothing has nothing for cl to judge: such cells do not exist. Cells that recipes.ablation has
+are taken from there. Resumes where it stopped; results in benchmarks/results/hosts.json, and the table of what is
+there is printed at the end.
 """
 
 from __future__ import annotations
@@ -61,14 +62,27 @@ def summary(results: Results, scheme: str) -> str:
     return table((scheme, "alone", *(added.replace("+", " + ").strip() for added in ADDED[1:])), rows)
 
 
+def helped(results: Results) -> str:
+    """Count the cells of hosts that clip in which sde and cl together lower both perplexities."""
+    pairs = []
+    for host, added, scheme, seed in cells(CLIPPING):
+        names = [name_of(host, what, scheme, seed) for what in ("", added)]
+        if added == ADDED[-1] and all(name in results.cells for name in names):
+            alone, both = (results.cells[name] for name in names)
+            pairs.append(all(both[domain] < alone[domain] for domain in DOMAINS))
+    return f"sde and cl lower both perplexities of a host that clips in {sum(pairs)} of {len(pairs)} cells."
+
+
 def main() -> None:
     """Run every cell whose result is not there yet, and print the tables."""
-    hosts, results = tuple(sys.argv[1:]) or (*CLIPPING, *LEARNING), Results("hosts")
+    hosts, results, shared = tuple(sys.argv[1:]) or (*CLIPPING, *LEARNING), Results("hosts"), Results("ablation").cells
     for host, added, scheme, seed in cells(hosts):
         name = name_of(host, added, scheme, seed)
+        if name in shared and name not in results.cells:
+            results.keep(name, shared[name])
         out = str(WORK / "hosts" / name.replace("/", "-"))
         results.run(name, replace(recipe(f"{host}{added}", scheme, seed), out=out))
-    print("\n\n".join(summary(results, scheme) for scheme in SCHEMES))
+    print("\n\n".join(summary(results, scheme) for scheme in SCHEMES), helped(results), sep="\n\n")
 
 
 if __name__ == "__main__":
