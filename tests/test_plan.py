@@ -118,6 +118,7 @@ def test_impossible_methods(method: str, says: str) -> None:
         ("lwc+cl", {"cl": {"ahead": 0}}, "ahead 0"),
         ("lwc+cl", {"cl": {"decay": 0.0}}, "decay 0.0"),
         ("lwc+e2e", {"e2e": {"steps": 0}}, "e2e: steps 0 and batch_size 4 must be at least 1"),
+        ("autoround", {"autoround": {"start": "hqq"}}, "autoround: start 'hqq' is unknown: choose mse or range"),
         ("autoround", {"autoround": {"descent": "sgd"}}, "autoround: descent 'sgd' is unknown: choose adam or sign"),
         ("lwc+e2e", {"e2e": {"batch_size": 0}}, "batch_size 0 must be at least 1"),
         ("lwc+aug+cl", {"aug": {"weight": -1.0}}, "aug: weight -1.0 must be above 0"),

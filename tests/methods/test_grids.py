@@ -64,6 +64,15 @@ def test_rounding_may_travel_a_whole_run_to_the_next_code(descent: Literal["adam
     assert all(offset_OI.abs().max() == REACH for offset_OI in grid.offsets.values())
 
 
+@pytest.mark.parametrize(("start", "same"), [("mse", MseRange()), ("range", Rtn())], ids=["mse", "range"])
+def test_rounding_begins_at_the_ranges_that_were_asked_for(start: Literal["mse", "range"], same: GridStep) -> None:
+    state = a_state()
+    for scheme in SCHEMES:
+        grid, plain = Rounding(start=start).build(state, context(scheme)), same.build(state, context(scheme))
+        for name, quantized in plain.codes(state).items():
+            assert grid.codes(state)[name].digest() == quantized.digest()
+
+
 def test_steps_do_not_follow_the_weights() -> None:
     state = a_state()
     for step in (StepSize(), Hqq()):

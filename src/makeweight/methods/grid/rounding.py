@@ -2,9 +2,10 @@
 
 w_hat = scale * (clip(round(w / scale + v) + zero) - zero), with v and a factor for each end of every group's range
 learned by the sign of the gradient. A run's rates add up to half a step for `rate` 1, so that v can just reach the
-neighbouring code and no further. SDE below moves the weights under v: both are learned at once, v from where the
-moved weight lies.
-Source: arXiv 2309.05516 (SignRound); intel/auto-round for the ranges and the rate of 1 / steps.
+neighbouring code and no further. Ranges begin where they cost the weights least (mse): where codes are few, full ones
+are too wide for a run to shrink them as far. SDE below moves the weights under v: both are learned at once, v from
+where the moved weight lies.
+Source: arXiv 2309.05516 (SignRound); intel/auto-round for the ranges and the rate of 1 / steps. The start is ours.
 
 Shapes: O out, I in, G groups per row.
 """
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from makeweight.errors import UserError
 from makeweight.methods.base import Context, Grid, GridStep, Learnables, State
 from makeweight.methods.grid.clip import RangeGrid
+from makeweight.methods.grid.search import MseRange
 
 REACH = 0.5
 
@@ -33,11 +35,12 @@ class RoundingGrid(RangeGrid):
         self.step = step
         self.names = {name: name.replace(".", "-") for name in state}
         self.offsets, self.low, self.high = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
+        start = MseRange().build(state, context) if step.start == "mse" else RangeGrid(context)
         for name, weight_OI in state.items():
-            ones_OG, _ = super().factors(name, weight_OI)
+            low_OG, high_OG = start.factors(name, weight_OI)
             self.offsets[self.names[name]] = nn.Parameter(torch.zeros_like(weight_OI))
-            self.low[self.names[name]] = nn.Parameter(ones_OG.clone())
-            self.high[self.names[name]] = nn.Parameter(ones_OG.clone())
+            self.low[self.names[name]] = nn.Parameter(low_OG.clone())
+            self.high[self.names[name]] = nn.Parameter(high_OG.clone())
 
     def factors(self, name: str, weight_OI: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
         return self.low[self.names[name]], self.high[self.names[name]]
@@ -60,13 +63,17 @@ class RoundingGrid(RangeGrid):
 class Rounding(GridStep):
     """Learn the rounding of every weight; `rate` is twice the way, in steps of the scale, that a run can travel.
 
-    `descent` is `sign`, or `adam` for AdamW, whose moments take two more numbers for every weight.
+    `start` is where ranges begin: `mse` at the least error of the weights, `range` at their full width, as in SignRound
+    and auto-round. `descent` is `sign`, or `adam` for AdamW, whose moments take two more numbers for every weight.
     """
 
     rate: float = 1.0
+    start: Literal["mse", "range"] = "mse"
     descent: Literal["adam", "sign"] = "sign"
 
     def __post_init__(self) -> None:
+        if self.start not in ("mse", "range"):
+            raise UserError(f"autoround: start {self.start!r} is unknown: choose mse or range.")
         if self.descent not in ("adam", "sign"):
             raise UserError(f"autoround: descent {self.descent!r} is unknown: choose adam or sign.")
 

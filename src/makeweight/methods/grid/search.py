@@ -76,7 +76,7 @@ class MseRange(GridStep):
             raise UserError(f"mse: power {self.power} must lie above 0; 2 is the squared error.")
         _check_shares("mse", self.least, self.step)
 
-    def build(self, state: State, context: Context) -> Grid:  # noqa: D102
+    def build(self, state: State, context: Context) -> FactorGrid:  # noqa: D102
         shares = _shares(self.least, self.step)
 
         def find(_: str, weight_OGS: Tensor) -> tuple[Tensor, Tensor]:
