@@ -1,0 +1,31 @@
+"""How fast scales of the whole network are learned."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from makeweight.methods.base import State
+from makeweight.methods.finetune.e2e import coarseness
+from makeweight.methods.grid.clip import Rtn
+from makeweight.numerics.scheme import Scheme
+from tests.methods.test_zoo import context
+
+
+def a_state(size: float = 1.0) -> State:
+    generator = torch.Generator().manual_seed(0)
+    return {f"of {rows}": size * torch.randn(rows, 32, generator=generator) for rows in (8, 48)}
+
+
+def coarse(state: State, bits: int) -> float:
+    where = context(Scheme(bits=bits, group_size=16))
+    return coarseness(Rtn().build(state, where).codes(state))
+
+
+def test_coarseness_is_the_square_of_the_step() -> None:
+    assert coarse(a_state(), 7) / coarse(a_state(), 8) == pytest.approx((255 / 127) ** 2, rel=0.02)
+
+
+def test_coarseness_is_relative_to_the_weights() -> None:
+    assert coarse(a_state(size=1024.0), 3) == coarse(a_state(), 3)
+    assert coarse({"nothing": torch.zeros(4, 16)}, 3) == 1
