@@ -7,8 +7,7 @@ numbers for every weight of the network at once, which the blocks before it neve
 Sources: arXiv 2407.11062 (EfficientQAT, section 3.3); arXiv 2305.17888 (LLM-QAT) for learning all weights by the
 original's predictions. Learning a factor of each scale, and offsets of solved codes, are ours, as is the distance to
 the original's predictions in place of the text's next token for scales: a few hundred sequences teach no language.
-What a network has lost, and with it how far scales must go, grows with the square of the grid's step: so does their
-rate, or what suits 3 bits would be a third of what 2 bits need and three times what 4 bits bear.
+The rate of scales grows with the square of the grid's step: at 2 bits three times the rate that suits 3 bits was best.
 
 Shapes: O out, I in, G groups per row.
 """
@@ -56,7 +55,8 @@ class Scales(Refinement):
         self.offsets = nn.ParameterDict(
             {self.names[name]: torch.zeros(held.codes_OI.shape) for name, held in moving.items()}
         )
-        self.unit, self.rest = coarseness(codes), rest
+        self.unit = coarseness(codes)
+        self.rest = rest
         self.learned = tuple(name for name in rest if step.norms and "norm" in name)
         self.norms = nn.ParameterDict({self.names[name]: rest[name].float() for name in self.learned})
 
