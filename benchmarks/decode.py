@@ -176,7 +176,8 @@ def main() -> None:
         print(f"  {row['role']:<8} {row['megabytes']:>10.0f} {speed} {row['times_ours']:>12.3f}")
     kept = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    RESULTS.write_text(json.dumps({**kept, args.runtime: found}, indent=1) + "\n")
+    names = " ".join(Path(folder).name for folder in args.folders)
+    RESULTS.write_text(json.dumps({**kept, f"{args.runtime}: {names}": found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ def known_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     """Spare a run the measurement behind its estimate."""
     from makeweight import estimate
 
-    monkeypatch.setattr(estimate, "matmul_rate", lambda device: 1e12)
+    monkeypatch.setattr(estimate, "matmul_rate", lambda device, **kind: 1e12)
 
 
 @pytest.fixture(scope="session")

@@ -34,6 +34,10 @@ def test_export_and_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str], m
     file.write_bytes(file.read_bytes().replace(b"<s>", b"<z>", 1))
     assert "tokenizer.json is damaged" in refused(capsys, "verify", str(tmp_path / "out-dense"))
     assert "did you mean 'dense'" in refused(capsys, "export", str(tmp_path / "out"), "--format", "dens")
+    for option in ("--push-to-hub", "--out"):
+        assert "name it with --format" in refused(capsys, "export", str(tmp_path / "out"), option, "me")
+    wrong = refused(capsys, "export", str(tmp_path / "out"), "--format", "dense", "--out", str(text))
+    assert "cannot be made a folder" in wrong
 
 
 def test_push_to_hub(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

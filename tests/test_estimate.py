@@ -32,7 +32,7 @@ def ckpt(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 @pytest.fixture
 def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
-    monkeypatch.setattr(room, "matmul_rate", lambda device: RATE)
+    monkeypatch.setattr(room, "matmul_rate", lambda device, **kind: RATE)
     scheme, calib = Scheme(bits=3, group_size=32), Calib(dataset="x", nsamples=64, seqlen=128)
     return Recipe(model="m", out=str(tmp_path / "out"), scheme=scheme, calib=calib, tune=Tune(steps=50, batch_size=2))
 
@@ -102,6 +102,55 @@ def test_a_full_disk_is_refused_before_the_work(
     monkeypatch.setattr(room.shutil, "disk_usage", lambda path: Usage(free=1000))
     with pytest.raises(UserError, match=r"out needs .* GB and its disk has 0\.0 GB: free some space\.$"):
         of(recipe, ckpt)
+
+
+def test_a_run_that_goes_on_needs_room_for_the_rest_only(
+    recipe: Recipe, ckpt: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Usage(NamedTuple):
+        free: int
+
+    disk, out = int(of(recipe, ckpt).disk_bytes), Path(recipe.out)
+    (out / "deep").mkdir(parents=True)
+    (out / "deep" / "shard").write_bytes(bytes(disk - 500))
+    asked: list[Path] = []
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda path: asked.append(path) or Usage(free=1000))
+    of(recipe, ckpt)
+    assert asked == [out], "the folder may be a disk of its own"
+    (out / "deep" / "shard").write_bytes(bytes(disk - 1500))
+    with pytest.raises(UserError, match="free some space"):
+        of(recipe, ckpt)
+
+
+def test_disk_of_other_formats_and_of_a_packed_source(
+    recipe: Recipe, ckpt: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = of(recipe, ckpt).disk_bytes
+    assert of(replace(recipe, formats=("gptq",)), ckpt).disk_bytes == 2 * alone
+    whole = of(replace(recipe, formats=("dense",)), ckpt).disk_bytes - alone
+    assert whole == sum(torch.Size(shape).numel() for shape in ckpt.parameters().values()) * 2
+    monkeypatch.setattr(ckpt, "stored_bytes", lambda: 1000)  # as if the file held 2 bits
+    assert of(recipe, ckpt).disk_bytes == alone
+
+
+def test_memory_of_a_block_and_of_wide_numbers(recipe: Recipe, ckpt: Checkpoint) -> None:
+    weights = sum(out * into for out, into in ckpt.linear_shapes().values())
+    assert of(recipe, ckpt, method="rtn").memory_bytes > room.BASE_BYTES + 10 * weights
+    wide = replace(recipe, tune=replace(recipe.tune, dtype="float32"))
+    stream = 64 * 128 * 64
+    more = of(wide, ckpt, method="lwc").memory_bytes - of(recipe, ckpt, method="lwc").memory_bytes
+    assert more > 3 * 2 * stream + 2 * weights
+
+
+def test_evaluating_is_part_of_it(recipe: Recipe, ckpt: Checkpoint) -> None:
+    def after(windows: int, recipe: Recipe) -> Estimate:
+        return estimate(compose("rtn"), recipe, ckpt, range(3), torch.device("cpu"), windows=windows)
+
+    both, alone = (after(40, replace(recipe, eval=replace(recipe.eval, baseline=b))) for b in (True, False))
+    assert both.evaluate_seconds == 2 * alone.evaluate_seconds > 0
+    assert after(80, recipe).evaluate_seconds == 2 * both.evaluate_seconds
+    assert after(4000, recipe).memory_bytes - after(2000, recipe).memory_bytes == 2000 * 2048 * 64 * 2
+    assert " and evaluating about " in after(10**6, recipe).sentence()
 
 
 @pytest.mark.parametrize(

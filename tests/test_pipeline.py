@@ -170,6 +170,10 @@ def test_only_the_chosen_blocks_change(llama: Path, tmp_path: Path, text: Path) 
     assert all(torch.equal(theirs.get_parameter(name), weight) for name, weight in ours.items())
 
 
+def test_the_largest_seed(llama: Path, tmp_path: Path, text: Path) -> None:
+    quantize(small(llama, tmp_path / "out", text, method="lwc", seed=2**63 - 1, eval=NOT_MEASURED))
+
+
 def test_a_rate_of_zero_learns_nothing(llama: Path, tmp_path: Path, text: Path) -> None:
     lwc = small(llama, tmp_path / "lwc", text, method="lwc", eval=NOT_MEASURED)
     still = replace(lwc, method="lwc+sde", out=str(tmp_path / "still"), tune=replace(lwc.tune, rates={"sde": 0.0}))
@@ -196,6 +200,24 @@ def test_sde_of_band_zero_is_lsi(llama: Path, tmp_path: Path, text: Path) -> Non
     ours, other = tensors(tmp_path / "lsi"), tensors(tmp_path / "sde")
     assert ours.keys() == other.keys()
     assert all(same_bits(ours[name], other[name]) for name in ours)
+
+
+def test_weights_are_quantized_as_they_are_stored(tmp_path: Path, text: Path) -> None:
+    """A run that calibrates works in bfloat16, but does not round a wider model's weights to it first."""
+    model = tiny_folder("llama", tmp_path / "model", dtype=torch.float32)
+    plain, learned = tmp_path / "plain", tmp_path / "learned"
+    quantize(small(model, plain, text, method="rtn", scheme=Scheme.parse("W8A16g32"), eval=NOT_MEASURED))
+    recipe = small(model, learned, text, method="rtn+e2e", scheme=Scheme.parse("W8A16g32"), eval=NOT_MEASURED)
+    quantize(replace(recipe, options={"e2e": {"steps": 1}}))
+    ours, other = tensors(plain), tensors(learned)
+    assert all(same_bits(ours[name], other[name]) for name in ours if name.endswith("weight_packed"))
+
+
+def test_learning_after_eight_bit_codes_sees_the_weights(llama: Path, tmp_path: Path, text: Path) -> None:
+    """The network that W8A8 leaves is close to the original; raw codes in place of its weights are not."""
+    recipe = small(llama, tmp_path / "out", text, method="rtn+e2e", scheme=Scheme.parse("W8A8"), eval=NOT_MEASURED)
+    record = quantize(replace(recipe, options={"e2e": {"steps": 1}}))
+    assert record.finetune["before"] < 0.05
 
 
 def test_a_result_can_be_quantized_again(llama: Path, tmp_path: Path, text: Path) -> None:

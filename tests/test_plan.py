@@ -122,6 +122,8 @@ def test_impossible_methods(method: str, says: str) -> None:
         ("autoround", {"autoround": {"descent": "sgd"}}, "autoround: descent 'sgd' is unknown: choose adam or sign"),
         ("lwc+e2e", {"e2e": {"batch_size": 0}}, "batch_size 0 must be at least 1"),
         ("lwc+aug+cl", {"aug": {"weight": -1.0}}, "aug: weight -1.0 must be above 0"),
+        ("lwc", {"lwc": {"rate": -0.2}}, "lwc.rate=-0.2 is not a rate: give a number that is not negative"),
+        ("lwc+e2e", {"e2e": {"norm_rate": -1.0}}, "e2e.norm_rate=-1.0 is not a rate"),
     ],
 )
 def test_impossible_settings(method: str, settings: dict[str, dict[str, Any]], says: str) -> None:
@@ -193,11 +195,20 @@ def test_group_sizes_that_do_not_fit(ckpt: Checkpoint, group: int) -> None:
 
 
 def test_a_group_size_is_checked_in_the_chosen_blocks_only(ckpt: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    shapes = {0: {"narrow": (8, 24)}, 1: {"wide": (8, 64)}, 2: {"wide": (8, 64), "odd": (8, 24)}}
+    shapes = {i: {"even": (8, 64), "odd": (8, 64 if i == 1 else 24)} for i in range(3)}
     monkeypatch.setattr(ckpt, "linear_shapes", lambda i=0: shapes[i])
     assert checked(ckpt, "W3A16g64", blocks=(1, 2)) == range(1, 2)
     with pytest.raises(UserError, match=r"24 inputs of model\.layers\.2\.odd: use one of none, or -1"):
         checked(ckpt, "W3A16g64", blocks=(1, 3))
+
+
+def test_blocks_that_hold_different_linears(ckpt: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where some layers take the keys for values: half of the run would be done before the first of them."""
+    shapes = [dict(ckpt.linear_shapes(i)) for i in range(3)]
+    del shapes[2]["self_attn.v_proj"]
+    monkeypatch.setattr(ckpt, "linear_shapes", lambda i=0: shapes[i])
+    with pytest.raises(UserError, match=r"blocks differ, self_attn\.v_proj is in one of blocks 0 and 2 only"):
+        checked(ckpt, blocks=(0, 1))
 
 
 def test_samples_longer_than_the_model(ckpt: Checkpoint) -> None:

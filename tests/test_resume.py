@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from makeweight import pipeline
 from makeweight.errors import UserError
 from makeweight.export.folder import MARKER, Folder
-from makeweight.pipeline import quantize
-from makeweight.recipe import Eval, Recipe
+from makeweight.numerics.scheme import Scheme
+from makeweight.pipeline import preflight, quantize
+from makeweight.recipe import Eval, Recipe, Tune
 from makeweight.report.record import Record
 from makeweight.sweep.run import Sweep
 from tests.runs import a_text, files, same_bits, small, tensors
@@ -109,7 +112,7 @@ def test_killed_while_finishing(file: str, llama: Path, text: Path, straight: Pa
 
 def test_killed_while_evaluating(llama: Path, text: Path, straight: Path, tmp_path: Path) -> None:
     recipe = small(llama, tmp_path / "out", text)
-    interrupted(recipe, pipeline, "evaluate", lambda *args: True)
+    interrupted(recipe, pipeline, "measure", lambda *args: True)
     assert solved(recipe) == []
     the_same(tmp_path / "out", straight)
 
@@ -131,6 +134,37 @@ def test_killed_twice_with_some_blocks_left_out(method: str, llama: Path, text: 
     the_same(tmp_path / "out", tmp_path / "straight")
 
 
+def test_killed_with_codes_of_eight_bits(llama: Path, text: Path, tmp_path: Path) -> None:
+    """Their codes lie under the name of the weight, and must not pass for it."""
+    recipe = unmeasured(llama, tmp_path / "out", text, method="gptq", scheme=Scheme.parse("W8A8"))
+    interrupted(recipe, Sweep, "solve", lambda _, index, *rest: index == 2)
+    assert solved(recipe) == [2]
+    quantize(replace(recipe, out=str(tmp_path / "straight")))
+    the_same(tmp_path / "out", tmp_path / "straight")
+
+
+def test_killed_where_norms_are_wider_than_weights(text: Path, tmp_path: Path) -> None:
+    model = tiny_folder("llama", tmp_path / "model", dtype=torch.float16)
+    held = tensors(model)
+    values = torch.randn(64, generator=torch.Generator().manual_seed(0)) + 1
+    held |= {name: values[: len(held[name])].clone() for name in held if "norm" in name}
+    save_file(held, model / "model.safetensors", {"format": "pt"})
+    recipe = unmeasured(model, tmp_path / "out", text, method="lwc", tune=Tune(steps=4, device="cpu", dtype="float32"))
+    interrupted(recipe, Sweep, "solve", lambda _, index, *rest: index == 2)
+    assert solved(recipe) == [2]
+    quantize(replace(recipe, out=str(tmp_path / "straight")))
+    the_same(tmp_path / "out", tmp_path / "straight")
+
+
+def test_a_finished_run_that_was_damaged_is_not_called_finished(llama: Path, text: Path, tmp_path: Path) -> None:
+    recipe = unmeasured(llama, tmp_path / "out", text, method="rtn")
+    quantize(recipe)
+    shard = tmp_path / "out" / "model-00002-of-00004.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\1")
+    says = refused(recipe, tmp_path / "out")
+    assert "model-00002-of-00004.safetensors is damaged" in says and "Delete it and write it again" in says
+
+
 def test_the_same_recipe_writes_the_same_bytes_and_another_seed_others(
     llama: Path, text: Path, straight: Path, tmp_path: Path
 ) -> None:
@@ -145,7 +179,7 @@ def test_a_finished_run_is_not_run_again(llama: Path, text: Path, tmp_path: Path
     recipe = small(llama, tmp_path / "out", text, method="lwc")
     record, before = quantize(recipe), files(tmp_path / "out")
     with pytest.MonkeyPatch.context() as patch:
-        for owner, name in ((Sweep, "solve"), (Folder, "write"), (pipeline, "evaluate")):
+        for owner, name in ((Sweep, "solve"), (Folder, "write"), (pipeline, "measure")):
             kill(patch, owner, name, lambda *args: True)
         assert quantize(recipe) == record
     assert files(tmp_path / "out") == before
@@ -206,6 +240,8 @@ def test_a_folder_of_something_else(llama: Path, text: Path, tmp_path: Path) -> 
     (out / "thesis.tex").write_text("years of work")
     assert f"{out} already holds something else" in refused(unmeasured(llama, out, text), out)
     assert "already holds something else" in refused(unmeasured(llama, llama, text), llama)
+    with pytest.raises(UserError, match="already holds something else"):
+        preflight(unmeasured(llama, out, text))
     (out / "thesis.tex").unlink()
     quantize(unmeasured(llama, out, text, method="rtn"))  # empty by now
 

@@ -8,7 +8,6 @@ A process of its own, so that the one that starts and measures the runs stays sm
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import perplexities
+from benchmarks.peers.runs import note_on
 from makeweight import evaluate
+from makeweight.export.folder import copy_files
 from makeweight.models.checkpoint import Checkpoint
 from makeweight.models.load import open_checkpoint
 
@@ -58,9 +59,9 @@ def judge(request: dict[str, Any]) -> dict[str, Any]:
     folder, answer = Path(request["folder"]), {}
     if "original" in request:
         original = open_checkpoint(request["original"])
-        for file in (*original.side_files(), original.path / "config.json"):
-            shutil.copyfile(file, folder / file.name)
+        copy_files([*original.side_files(), original.path / "config.json"], original.path, folder)
         ours = open_checkpoint(folder)
+        answer["note"] = note_on(request["run"])
         answer["grid"] = check_grid(ours, original, bits=request["bits"], group_size=request["group_size"])
     found = evaluate(
         str(folder),

@@ -89,7 +89,8 @@ class Track:
         job = {**self.shared, **grid, "model": self.material["model"], "out": str(out), "options": options}
         load = os.getloadavg()[0]
         usage, answer = self._solve(entry.run, out, job)
-        judged = self._judged(out, {"folder": str(out / "dense"), "original": self.material["model"], **grid})
+        about = {"original": self.material["model"], "run": entry.name.partition("/")[2], **grid}
+        judged = self._judged(out, {"folder": str(out / "dense"), **about})
         shutil.rmtree(out)
         return {
             "setting": entry.setting,

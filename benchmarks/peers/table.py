@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.common import table
 from benchmarks.peers.programs import NOT_RUN
-from benchmarks.peers.runs import ORIGINAL, RUNS, SETTINGS, note_on
+from benchmarks.peers.runs import ORIGINAL, RUNS, SETTINGS
 
 DOMAINS = {"wikitext2": "WikiText-2", "enwiki": "enwiki"}
 COSTS = ("minutes", "CPU minutes", "peak GB")
@@ -33,7 +33,7 @@ def markdown(cells: Mapping[str, Mapping[str, Any]]) -> str:
         first = ["original", "", *(_number(original.get(name)) for name in DOMAINS), *EMPTY[len(DOMAINS) :]]
         rows = [_row(name, cells[f"{setting}/{name}"], original) for name in names]
         parts.append(table(header, [first, *rows]))
-    return "\n\n".join([*parts, _notes(cells)])
+    return "\n\n".join([*parts, _notes(cells, order)])
 
 
 def _row(name: str, cell: Mapping[str, Any], original: Mapping[str, Any]) -> list[str]:
@@ -58,7 +58,7 @@ def _gap(value: float, original: float | None) -> str:
     return "-" if original is None else f"{math.log(value / original):.3f}"
 
 
-def _notes(cells: Mapping[str, Mapping[str, Any]]) -> str:
+def _notes(cells: Mapping[str, Mapping[str, Any]], order: Sequence[str]) -> str:
     """Say on what terms the cells were made, what is special about a run, and what is missing."""
     raced = [cell for name, cell in cells.items() if name != ORIGINAL and "error" not in cell]
     threads = sorted({cell["threads"] for cell in raced})
@@ -66,7 +66,7 @@ def _notes(cells: Mapping[str, Mapping[str, Any]]) -> str:
     lines = [f"- Calibration: {', '.join(samples) or '-'}; threads: {', '.join(map(str, threads)) or '-'}."]
     lines.append(f"- {GAP_NOTE}")
     lines.append(f"- {COSTS_NOTE}")
-    run = {name.partition("/")[2] for name in cells}
-    lines += [f"- `{name}`: {note}." for name in RUNS if name in run and (note := note_on(name))]
+    noted = dict.fromkeys((name.partition("/")[2], cell["note"]) for name, cell in cells.items() if cell.get("note"))
+    lines += [f"- `{name}`: {note}." for name, note in sorted(noted, key=lambda pair: order.index(pair[0]))]
     lines += [f"- Not run: {name}; {reason}." for name, reason in NOT_RUN.items()]
     return "\n".join(lines)

@@ -164,6 +164,8 @@ def export(
 
     wanted = options.words(formats)
     if not wanted:
+        if out is not None or push_to_hub is not None:
+            raise UserError("--out and --push-to-hub need to know what to write: name it with --format.")
         answers = can_export(Solved(path))
         rows = [(a.format, a.refusal or ("exactly" if a.exact else "rounded"), "; ".join(a.loads)) for a in answers]
         _print_table(("format", f"holds {path.name}", "loads in"), rows)
@@ -189,9 +191,10 @@ def _steps(deviation: float) -> str:
 def verify(path: Annotated[Path, typer.Argument(help="Folder that makeweight wrote.")]) -> None:
     """Find out whether a written folder is undamaged."""
     from makeweight.export.manifest import check
+    from makeweight.export.solved import REPAIR
 
     if problems := check(path):
-        raise UserError(f"{path} is not what was written: {' '.join(problems)} Write or download it again.")
+        raise UserError(f"{path} is not what was written: {' '.join(problems)} {REPAIR}")
     print(f"{path} is what was written, byte for byte.")
 
 

@@ -1,6 +1,6 @@
 """Three points of the trade between time and accuracy: what `--effort` stands for.
 
-README has what each of them takes and gives.
+README has what was measured of them.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from makeweight.errors import UserError
+from makeweight.evals import perplexity
 from makeweight.methods.base import FinetuneStep
 from makeweight.numerics.attention import kept_bytes
 from makeweight.numerics.flops import block_flops, matmul_rate, step_flops
@@ -26,55 +28,77 @@ EFFICIENCY = 0.5
 """Share of the matrix-product rate that learning reaches (benchmarks/step.py)."""
 BASE_BYTES = 700e6
 """Python, torch and transformers."""
+DENSE = "dense"
+"""The one format that is as large as the original."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """Seconds of solving, peak bytes of memory, bytes on disk."""
+    """Seconds of solving and of evaluating, peak bytes of memory, bytes on disk."""
 
     seconds: float
     memory_bytes: float
     disk_bytes: float
     blocks: int
+    evaluate_seconds: float = 0.0
 
     def sentence(self) -> str:
         """Say it in one line."""
-        minutes = self.seconds / 60
-        span = f"about {minutes:.0f} minutes" if minutes >= 2 else f"about {self.seconds:.0f} seconds"
-        span = span if self.seconds >= 5 else "a few seconds"
+        after = f" and evaluating {_span(self.evaluate_seconds)}" if self.evaluate_seconds else ""
         return (
-            f"Solving {self.blocks} blocks will take {span}, {self.memory_bytes / 1e9:.1f} GB of memory "
-            f"and {self.disk_bytes / 1e9:.2f} GB on disk."
+            f"Solving {self.blocks} blocks will take {_span(self.seconds)}{after}, {self.memory_bytes / 1e9:.1f} GB of "
+            f"memory and {self.disk_bytes / 1e9:.2f} GB on disk."
         )
 
 
-def estimate(plan: Plan, recipe: Recipe, ckpt: Checkpoint, blocks: range, device: torch.device) -> Estimate:
-    """Estimate a run from shapes, and time from this machine's own matrix-product rate, measured in a moment.
+def _span(seconds: float) -> str:
+    if seconds < 5:
+        return "a few seconds"
+    return f"about {seconds / 60:.0f} minutes" if seconds >= 120 else f"about {seconds:.0f} seconds"
 
-    Raises UserError where the disk cannot hold the result.
+
+def estimate(
+    plan: Plan, recipe: Recipe, ckpt: Checkpoint, blocks: range, device: torch.device, *, windows: int = 0
+) -> Estimate:
+    """Estimate a run from shapes, and time from this machine's own matrix-product rates, measured in a moment.
+
+    `windows` is how many are evaluated. Raises UserError where the disk cannot hold the result.
     """
     shapes = {index: list(ckpt.linear_shapes(index).values()) for index in range(ckpt.n_blocks)}
-    disk = _disk(recipe, ckpt, shapes, blocks)
+    result = _disk(recipe, ckpt, shapes, blocks)
+    disk = result + sum(_plain(ckpt) if name == DENSE else result for name in dict.fromkeys(recipe.formats))
     if plan.finetune is not None:
         disk += _scratch(plan.finetune, recipe, shapes, blocks)
-    parent = next(path for path in Path(recipe.out).expanduser().absolute().parents if path.exists())
-    if (free := shutil.disk_usage(parent).free) < disk:
-        raise UserError(
-            f"{recipe.out} needs {disk / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB: free some space."
-        )
+    _check_disk(recipe, disk)
     largest = max(shapes.values(), key=lambda found: sum(math.prod(shape) for shape in found))
-    memory = BASE_BYTES + _resident(ckpt)
+    outside = BASE_BYTES + _resident(ckpt)
+    memory = outside + 10 * sum(map(math.prod, largest))  # a block as it is read, in fp32, quantized, and its codes
     seconds = ckpt.stored_bytes() / 200e6
     if plan.calibrates:
-        memory += _learning(plan, recipe, ckpt, largest)
+        memory = max(memory, outside + _learning(plan, recipe, ckpt, largest))
         rate = matmul_rate(device) * EFFICIENCY
         seconds += sum(_block_work(plan, recipe, ckpt, shapes[index]) for index in blocks) / rate
         if plan.finetune is not None:
-            memory = max(
-                memory, BASE_BYTES + _resident(ckpt) + _finetuning(plan.finetune, recipe, ckpt, shapes, blocks)
-            )
+            memory = max(memory, outside + _finetuning(plan.finetune, recipe, ckpt, shapes, blocks))
             seconds += _finetune_work(plan.finetune, recipe, ckpt, shapes) / rate
-    return Estimate(seconds=seconds, memory_bytes=memory, disk_bytes=disk, blocks=len(blocks))
+    evaluating = 0.0
+    if windows:
+        memory = max(memory, BASE_BYTES + _evaluating(recipe, ckpt, largest, windows))
+        evaluating = (1 + recipe.eval.baseline) * _evaluation_seconds(recipe, ckpt, shapes, windows, device)
+    return Estimate(
+        seconds=seconds, memory_bytes=memory, disk_bytes=disk, blocks=len(blocks), evaluate_seconds=evaluating
+    )
+
+
+def _check_disk(recipe: Recipe, disk: float) -> None:
+    """Refuse a result that does not fit; what an earlier run has written of it is there already."""
+    out = Path(recipe.out).expanduser().absolute()
+    written = sum(file.stat().st_size for file in out.rglob("*") if file.is_file()) if os.path.isdir(out) else 0
+    disk_of = next(path for path in (out, *out.parents) if os.path.exists(path))
+    if (free := shutil.disk_usage(disk_of).free) < (wanted := disk - written):
+        raise UserError(
+            f"{recipe.out} needs {wanted / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB: free some space."
+        )
 
 
 def _disk(recipe: Recipe, ckpt: Checkpoint, shapes: dict[int, list[tuple[int, int]]], blocks: range) -> float:
@@ -85,7 +109,12 @@ def _disk(recipe: Recipe, ckpt: Checkpoint, shapes: dict[int, list[tuple[int, in
         for rows, columns in shapes[index]:
             group = columns if scheme.group_size == -1 else scheme.group_size
             saved += rows * columns * (ckpt.dtype.itemsize - (scheme.bits + (16 + scheme.bits) / group) / 8)
-    return ckpt.stored_bytes() - saved
+    return _plain(ckpt) - saved
+
+
+def _plain(ckpt: Checkpoint) -> float:
+    """Return bytes of all parameters unquantized; those of the file are fewer where it is packed."""
+    return sum(map(math.prod, ckpt.parameters().values())) * ckpt.dtype.itemsize
 
 
 def _scratch(step: FinetuneStep, recipe: Recipe, shapes: dict[int, list[tuple[int, int]]], blocks: range) -> float:
@@ -114,22 +143,28 @@ def _learning(plan: Plan, recipe: Recipe, ckpt: Checkpoint, shapes: Sequence[tup
     config, calib, tune = ckpt.config.get_text_config(), recipe.calib, recipe.tune
     weights = sum(math.prod(shape) for shape in shapes)
     ahead = len(plan.loss.weights()) - 1
-    streams = (3 + ahead + (plan.target is not None)) * calib.nsamples * calib.seqlen * config.hidden_size * 2
-    factors = sum((rows + columns) * min(rows, columns) for rows, columns in shapes) * 2
+    size = _forward_bytes(recipe)
+    streams = (3 + ahead + (plan.target is not None)) * calib.nsamples * calib.seqlen * config.hidden_size * size
+    factors = sum((rows + columns) * min(rows, columns) for rows, columns in shapes) * size
     chain = weights * (4 * 6 + plan.weight_bytes) + (0 if plan.band is None else factors)
     reads = any(step.reads_inputs for step in (*plan.exact, plan.grid))
     products = 4 * sum(columns**2 for _, columns in shapes) if reads else 0
     if plan.rounding is not None:
         products = max(products, 4 * 4 * max(columns for _, columns in shapes) ** 2)
-    activations = (1 + ahead) * _activations(ckpt, tune.batch_size, calib.seqlen)
-    return streams + (1 + ahead) * weights * 2 + chain + products + activations
+    activations = (1 + ahead) * _activations(ckpt, tune.batch_size, calib.seqlen, size)
+    return streams + (1 + ahead) * weights * size + chain + products + activations
 
 
-def _activations(ckpt: Checkpoint, batch_size: int, seqlen: int) -> float:
+def _forward_bytes(recipe: Recipe) -> int:
+    """Return bytes of a number of the forward pass."""
+    return getattr(torch, recipe.tune.dtype).itemsize
+
+
+def _activations(ckpt: Checkpoint, batch_size: int, seqlen: int, size: int) -> float:
     """Return bytes that one block keeps of one batch for its backward pass."""
     config = ckpt.config.get_text_config()
     heads = getattr(config, "num_attention_heads", 1)
-    return 34 * batch_size * seqlen * config.hidden_size * 2 + kept_bytes(batch_size, heads, seqlen)
+    return 34 * batch_size * seqlen * config.hidden_size * size + kept_bytes(batch_size, heads, seqlen)
 
 
 def _finetuning(
@@ -139,19 +174,19 @@ def _finetuning(
 
     Codes lie in a file that is mapped: where memory is short they need not stay in it.
     """
-    config, calib = ckpt.config.get_text_config(), recipe.calib
+    config, calib, size = ckpt.config.get_text_config(), recipe.calib, _forward_bytes(recipe)
     memory = 0.0
     for index, found in shapes.items():
         weights = sum(math.prod(shape) for shape in found)
         group = recipe.scheme.group_size if recipe.scheme.group_size > 0 else found[0][1]
-        memory += weights * (1 + 24 / group + step.weight_bytes) if index in blocks else 2 * weights
-    memory += 2 * calib.nsamples * calib.seqlen * config.hidden_size * 2
-    states = step.batch_size * calib.seqlen * config.hidden_size * 2
+        memory += weights * (1 + 24 / group + step.weight_bytes) if index in blocks else size * weights
+    memory += 2 * calib.nsamples * calib.seqlen * config.hidden_size * size
+    states = step.batch_size * calib.seqlen * config.hidden_size * size
     if step.recompute:
-        memory += len(shapes) * states + _activations(ckpt, step.batch_size, calib.seqlen)
+        memory += len(shapes) * states + _activations(ckpt, step.batch_size, calib.seqlen, size)
     else:  # with the weights of every block, and their codes once more
-        memory += len(shapes) * _activations(ckpt, step.batch_size, calib.seqlen)
-        memory += sum(3 * math.prod(shape) for index in blocks for shape in shapes[index])
+        memory += len(shapes) * _activations(ckpt, step.batch_size, calib.seqlen, size)
+        memory += sum((1 + size) * math.prod(shape) for index in blocks for shape in shapes[index])
     largest = max(sum(math.prod(shape) for shape in found) for found in shapes.values())
     return memory + 4 * 6 * largest + 6 * LOGIT_BYTES
 
@@ -165,6 +200,25 @@ def _finetune_work(
     blocks = sum(block_flops(found, config.hidden_size, step.batch_size, calib.seqlen) for found in shapes.values())
     head = 2 * tokens * config.hidden_size * config.vocab_size
     return step.steps * ((4 / 3 if step.recompute else 1) * blocks + 3 * head)
+
+
+def _evaluating(recipe: Recipe, ckpt: Checkpoint, shapes: Sequence[tuple[int, int]], windows: int) -> float:
+    """Return bytes of evaluating: norms and head in fp32, a block, every window's hidden states, a batch, logits."""
+    config, size = ckpt.config.get_text_config(), ckpt.dtype.itemsize
+    states = windows * recipe.eval.seqlen * config.hidden_size * size
+    batch = 16 * max(perplexity.BATCH_TOKENS, recipe.eval.seqlen) * config.hidden_size * size
+    outside = _resident(ckpt) * 4 / size
+    return outside + size * sum(math.prod(shape) for shape in shapes) + states + batch + 2 * perplexity.LOGIT_BYTES
+
+
+def _evaluation_seconds(
+    recipe: Recipe, ckpt: Checkpoint, shapes: dict[int, list[tuple[int, int]]], windows: int, device: torch.device
+) -> float:
+    """Return the time of a forward pass of all windows, and of the head in fp32."""
+    config, seqlen = ckpt.config.get_text_config(), recipe.eval.seqlen
+    blocks = sum(block_flops(found, config.hidden_size, windows, seqlen) for found in shapes.values()) / 3
+    head = 2 * windows * seqlen * config.hidden_size * config.vocab_size
+    return (blocks / matmul_rate(device) + head / matmul_rate(device, dtype=torch.float32)) / EFFICIENCY
 
 
 def _block_work(plan: Plan, recipe: Recipe, ckpt: Checkpoint, shapes: Sequence[tuple[int, int]]) -> float:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,14 @@ import torch
 from makeweight import __version__
 from makeweight.calib.capture import find_device
 from makeweight.calib.data import calibration_tokens, evaluation_texts
+from makeweight.errors import UserError
 from makeweight.estimate import Estimate, estimate
-from makeweight.evals.perplexity import Perplexity, evaluate
-from makeweight.export import compressed_tensors
+from makeweight.export import compressed_tensors, manifest
 from makeweight.export.base import Facts
 from makeweight.export.folder import OWN, Folder
 from makeweight.export.run import check as check_formats
 from makeweight.export.run import export_model
+from makeweight.export.solved import REPAIR
 from makeweight.methods.base import Context
 from makeweight.models.checkpoint import Checkpoint
 from makeweight.models.load import open_checkpoint
@@ -30,7 +30,8 @@ from makeweight.numerics.memory import keep_freed_memory, peak_memory, release_f
 from makeweight.plan import Plan, check, compose
 from makeweight.recipe import Recipe
 from makeweight.report import progress
-from makeweight.report.record import FILE, Cost, Record, recipe_data
+from makeweight.report.measure import measure
+from makeweight.report.record import FILE, Cost, Record, machine, recipe_data
 from makeweight.store import Store
 from makeweight.sweep.chain import Steps
 from makeweight.sweep.finetune import Finetune
@@ -80,7 +81,8 @@ class Job:
         blocks = check(plan, recipe, ckpt)
         ckpt.check_sound()
         tokenizer = ckpt.tokenizer()
-        evaluation_texts(tokenizer, recipe.eval.datasets, seqlen=recipe.eval.seqlen, windows=recipe.eval.windows)
+        wanted = recipe.eval
+        texts = evaluation_texts(tokenizer, wanted.datasets, seqlen=wanted.seqlen, windows=wanted.windows)
         tokens_NT = None
         if plan.calibrates:
             calib = recipe.calib
@@ -94,8 +96,9 @@ class Job:
             blocks=blocks,
             device=device,
             tokens_NT=tokens_NT,
-            estimate=estimate(plan, recipe, ckpt, blocks, device),
+            estimate=estimate(plan, recipe, ckpt, blocks, device, windows=sum(map(len, texts))),
         )
+        Folder.check(recipe.out, identity=job.identity())
         check_formats(Path(recipe.out).expanduser(), recipe.formats, job.facts(), identity=job.identity())
         return job
 
@@ -106,15 +109,13 @@ class Job:
             self.solve(folder)
             self.finetune(folder)
             files = [file for file in self.ckpt.side_files() if file.name not in OWN]
-            folder.finish(self.config(), files, {"recipe.json": self.recipe.to_json()})
-        elif folder.sealed:
-            record = Record.load(folder.path)
-            if all(record.recipe[name] == recipe_data(self.recipe)[name] for name in ("eval", "formats")):
-                return record
-        folder.unseal()
-        record = self.record(folder)
-        folder.seal()
-        return record
+            folder.finish(self.config(), files, self.ckpt.path, {"recipe.json": self.recipe.to_json()})
+        record = self.known(folder)
+        if record is None:
+            folder.unseal()
+            record = self.record(folder)
+            folder.seal()
+        return self.exported(folder, record)
 
     def facts(self) -> Facts:
         """Return what formats ask, as far as it is known before anything is solved."""
@@ -122,6 +123,7 @@ class Job:
             json.loads((self.ckpt.path / "config.json").read_text(encoding="utf-8")),
             scheme=self.recipe.scheme,
             folder=self.ckpt.path,
+            fp16_scales=self.recipe.scheme.scale_dtype != "float32",
             shapes={
                 self.ckpt.block_names(i)[f"{name}.weight"].removesuffix(".weight"): shape
                 for i in self.blocks
@@ -231,11 +233,33 @@ class Job:
         config["quantization_config"] = compressed_tensors.quantization_config(self.recipe.scheme, ignore)
         return config
 
+    def known(self, folder: Folder) -> Record | None:
+        """Return the record of a finished folder, None where it is missing or of other texts.
+
+        Raises UserError where weights have changed on the disk since.
+        """
+        if not folder.sealed:
+            return None
+        if problems := manifest.check(folder.path, kinds=(".safetensors",)):
+            raise UserError(f"{folder.path} is not what was solved: {' '.join(problems)} {REPAIR}")
+        record = Record.load(folder.path)
+        return record if record.recipe["eval"] == recipe_data(self.recipe)["eval"] else None
+
+    def exported(self, folder: Folder, record: Record) -> Record:
+        """Write the formats that a recipe names, and the record again where they are new."""
+        same = [item["format"] for item in record.exports] == list(dict.fromkeys(self.recipe.formats))
+        if same and all(Path(item["path"]).is_dir() for item in record.exports):
+            return record
+        found = export_model(folder.path, self.recipe.formats)
+        exports = tuple({**asdict(item), "path": str(item.path)} for item in found)
+        record = replace(record, recipe=recipe_data(self.recipe), exports=exports)
+        folder.unseal()
+        folder.write_text(FILE, record.to_json())
+        folder.seal()
+        return record
+
     def record(self, folder: Folder) -> Record:
         """Evaluate the written folder and write the record."""
-        exports = tuple(
-            {**asdict(item), "path": str(item.path)} for item in export_model(folder.path, self.recipe.formats)
-        )
         start, recipe = time.perf_counter(), self.recipe
         perplexities = measure(recipe, str(folder.path), "evaluating the result")
         baselines = measure(recipe, str(self.ckpt.path), "evaluating the original") if recipe.eval.baseline else ()
@@ -254,7 +278,6 @@ class Job:
             baselines=baselines,
             blocks=reports,
             finetune=folder.finetuned or {},
-            exports=exports,
             machine=machine(self.device),
             cost=Cost(
                 solve_seconds=sum(report["seconds"] for report in (*reports, folder.finetuned or {"seconds": 0.0})),
@@ -265,32 +288,3 @@ class Job:
         )
         folder.write_text(FILE, record.to_json())
         return record
-
-
-def measure(recipe: Recipe, model: str, title: str) -> tuple[Perplexity, ...]:
-    """Evaluate a folder on the data sets that a recipe names, under a progress bar."""
-    wanted = recipe.eval
-    if not wanted.datasets:
-        return ()
-    with progress.bar(title) as advance:
-        results = evaluate(
-            model,
-            datasets=wanted.datasets,
-            seqlen=wanted.seqlen,
-            windows=wanted.windows,
-            device=recipe.tune.device,
-            trust_remote_code=recipe.trust_remote_code,
-            progress=advance,
-        )
-    return tuple(results)
-
-
-def machine(device: torch.device) -> dict[str, str]:
-    """Describe what a run ran on."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return {
-        "device": f"{device.type}: {name}",
-        "threads": str(torch.get_num_threads()),
-        "torch": torch.__version__,
-        "makeweight": __version__,
-    }

@@ -104,6 +104,8 @@ def _configured(name: str, step: Step, changes: Mapping[str, Any]) -> Step:
         kind = type(known[key])
         if type(value) is not kind and not (kind is float and type(value) is int):
             raise UserError(f"{name}.{key}={value!r} is not possible: give a value like {known[key]!r}.")
+        if (key == "rate" or key.endswith("_rate")) and value < 0:
+            raise UserError(f"{name}.{key}={value!r} is not a rate: give a number that is not negative.")
     return replace(step, **changes)
 
 
@@ -152,6 +154,7 @@ def check(plan: Plan, recipe: Recipe, ckpt: Checkpoint) -> range:
             raise UserError(f"method {name!r} cannot be used with {ckpt.name}: {NO_EDGES}.")
         if reason := zoo()[name].step.misfit(recipe.scheme):
             raise UserError(f"method {name!r} cannot be used at {recipe.scheme}: {reason}.")
+    _check_alike(ckpt)
     for index in blocks:
         for name, (_, width) in ckpt.linear_shapes(index).items():
             recipe.scheme.group_of(width, f"{ckpt.block_module_path(index)}.{name}")
@@ -166,6 +169,17 @@ def check(plan: Plan, recipe: Recipe, ckpt: Checkpoint) -> range:
                 f"{name} {length} is longer than the {limit} positions of {ckpt.name}: give {limit} or less."
             )
     return blocks
+
+
+def _check_alike(ckpt: Checkpoint) -> None:
+    """Refuse a model whose blocks hold different linears: shards, configuration and streams count on the first's."""
+    first = set(ckpt.linear_shapes(0))
+    for index in range(1, ckpt.n_blocks):
+        if other := sorted(first ^ set(ckpt.linear_shapes(index))):
+            raise UserError(
+                f"{ckpt.name} cannot be quantized: its blocks differ, {other[0]} is in one of blocks 0 and {index} "
+                "only; use a model whose blocks hold the same linears."
+            )
 
 
 def fits(description: Mapping[str, Any]) -> dict[str, str | None]:

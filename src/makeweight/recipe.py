@@ -121,6 +121,8 @@ class Recipe:
         if self.blocks is not None:
             object.__setattr__(self, "blocks", _range(self.blocks))
         _whole("seed", self.seed, least=0)
+        if self.seed >= 2**63:
+            raise UserError(f"seed={self.seed} is too large: give one below 2**63.")
         if not isinstance(self.formats, tuple | list):
             raise UserError(f"formats={self.formats!r} is not a list: give the names in brackets.")
         for name in self.formats:

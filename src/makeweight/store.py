@@ -71,7 +71,8 @@ class Store:
         """Return what a shard's block is run with, by name of a linear or of a parameter, in the forward's dtype."""
         codes, rest = self.solved(index)
         weights = {name: tensor.dequantize(self.dtype) for name, tensor in codes.items()}
-        return {**weights, **{name: tensor.to(self.dtype) for name, tensor in rest.items()}}
+        # By way of the checkpoint's dtype, as a block is loaded: rounding once is not the same as rounding twice.
+        return {**weights, **{name: tensor.to(self.ckpt.dtype).to(self.dtype) for name, tensor in rest.items()}}
 
     def solved(self, index: int) -> tuple[dict[str, QTensor], Params]:
         """Return the codes of a shard's block and its other tensors as they are stored."""
@@ -79,8 +80,10 @@ class Store:
         for name, (linear, parts) in self._parts(index, tensors).items():
             codes_OI, scale_OG, zero_OG = packed.unpack(parts, (self.scheme.bits,), linear)
             codes[name] = QTensor(codes_OI=codes_OI, scale_OG=scale_OG, zero_OG=zero_OG, scheme=self.scheme)
+        # A linear of 8-bit codes lies under the name of its weight: it is no parameter beside the codes.
         names = self.ckpt.block_names(index)
-        return codes, {name: tensors[stored] for name, stored in names.items() if stored in tensors}
+        others = (name for name, stored in names.items() if stored in tensors)
+        return codes, {name: tensors[names[name]] for name in others if name.removesuffix(".weight") not in codes}
 
     def mapped(self, index: int) -> tuple[dict[str, QTensor], Params]:
         """Return what `solved` does, its codes mapped from a scratch file: their memory can be taken back."""

@@ -172,7 +172,7 @@ def test_finishing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         write_text(self, name, text)
 
     monkeypatch.setattr(Folder, "write_text", spy)
-    folder.finish({"model_type": "none", "a": "é"}, [source], {"recipe.json": "the recipe\n"})
+    folder.finish({"model_type": "none", "a": "é"}, [source], source.parent, {"recipe.json": "the recipe\n"})
     assert order[-2:] == ["config.json", MARKER], "config.json, without which nothing loads the folder, comes last"
     assert folder.done and claim(folder.path).done
     with pytest.raises(UserError):
@@ -191,5 +191,5 @@ def test_finishing_without_a_shard_fails(tmp_path: Path) -> None:
     folder = claim(tmp_path / "out")
     folder.write(0, TENSORS, {})
     with pytest.raises(FileNotFoundError):
-        folder.finish({}, [], {})
+        folder.finish({}, [], tmp_path, {})
     assert not folder.done and not (folder.path / "config.json").exists()

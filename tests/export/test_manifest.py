@@ -50,6 +50,16 @@ def test_every_flipped_bit_is_found(folder: Path, data: st.DataObject) -> None:
     assert problems and file.name in problems[0]
 
 
+def test_what_hubs_add_does_not_count(tmp_path: Path) -> None:
+    folder = a_folder(tmp_path / "folder")
+    (folder / ".gitattributes").write_text("*.safetensors filter=lfs\n")
+    (folder / ".cache" / "huggingface").mkdir(parents=True)
+    (folder / ".cache" / "huggingface" / "model.safetensors.metadata").write_text("an etag\n")
+    assert manifest.check(folder) == []
+    (folder / "model-2.safetensors").write_bytes(b"")
+    assert manifest.check(folder) == ["model-2.safetensors is not part of what was written."]
+
+
 def test_the_tensor_is_named(tmp_path: Path) -> None:
     folder = a_folder(tmp_path / "folder")
     file = folder / "model.safetensors"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from makeweight.export.solved import Solved
 from makeweight.models.shards import Shards
 from makeweight.numerics.scheme import Scheme
 from makeweight.pipeline import quantize
+from makeweight.report.record import Record
 from tests.runs import a_text, files, our_logits, same_bits, small, tensors, weights_of
 from tests.tiny import tiny_folder
 
@@ -94,6 +96,56 @@ def test_written_once(root: Path, tmp_path: Path) -> None:
     assert export_model(out, ["dense"], out=tmp_path) == [first]
     assert {file: file.stat().st_mtime_ns for file in first.path.iterdir()} == before
     assert run.target_of(out, "dense", None) == root / "once-dense"
+
+
+def test_a_damaged_export_is_written_again(root: Path, tmp_path: Path) -> None:
+    out = root / "damaged"
+    quantize(small(root / "source", out, root / "words.txt", method="rtn"))
+    (first,) = export_model(out, ["dense"], out=tmp_path)
+    sound = files(first.path)
+    (first.path / "config.json").write_text("{}")
+    assert export_model(out, ["dense"], out=tmp_path) == [first]
+    assert files(first.path) == sound
+
+
+def test_an_export_that_was_deleted_is_written_again(root: Path, tmp_path: Path) -> None:
+    recipe = small(root / "source", tmp_path / "out", root / "words.txt", method="rtn", formats=("dense",))
+    record = quantize(recipe)
+    shutil.rmtree(tmp_path / "out-dense")
+    assert quantize(recipe) == record
+    assert manifest.check(tmp_path / "out") == manifest.check(tmp_path / "out-dense") == []
+
+
+def test_a_format_that_is_refused_late_does_not_take_the_record_with_it(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = small(root / "source", tmp_path / "out", root / "words.txt", method="rtn", formats=("dense",))
+    monkeypatch.setattr(Dense, "refusal", lambda _, facts: "no" if facts.zeros is not None else None)
+    with pytest.raises(UserError, match="dense cannot hold"):
+        quantize(recipe)
+    assert Record.load(tmp_path / "out").perplexities and manifest.check(tmp_path / "out") == []
+    monkeypatch.undo()
+    assert [item["format"] for item in quantize(recipe).exports] == ["dense"]
+
+
+def test_scales_that_are_no_half_floats_are_refused_before_solving(root: Path, tmp_path: Path) -> None:
+    scheme = replace(Scheme.parse("W4A16g32"), scale_dtype="float32")
+    recipe = small(root / "source", tmp_path / "out", root / "words.txt", scheme=scheme, formats=("gptq",))
+    with pytest.raises(UserError, match="gptq cannot hold"):
+        quantize(recipe)
+    assert not (tmp_path / "out").exists()
+
+
+def test_chat_templates_beside_the_default_are_passed_on(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root / "source", tmp_path / "model")
+    template = tmp_path / "model" / "additional_chat_templates" / "tool_use.jinja"
+    template.parent.mkdir()
+    template.write_text("{{ tools }}")
+    quantize(small(tmp_path / "model", tmp_path / "out", root / "words.txt", method="rtn", formats=("dense",)))
+    for name in ("out", "out-dense"):
+        copy = tmp_path / name / "additional_chat_templates" / "tool_use.jinja"
+        assert copy.read_text() == template.read_text()
+        assert manifest.check(tmp_path / name) == []
 
 
 def test_an_interrupted_export_starts_again(root: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from makeweight.methods.base import State
-from makeweight.methods.finetune.e2e import coarseness
+from makeweight.methods.finetune.e2e import E2e, coarseness
 from makeweight.methods.grid.clip import Rtn
 from makeweight.numerics.scheme import Scheme
 from tests.methods.test_zoo import context
@@ -20,6 +20,16 @@ def a_state(size: float = 1.0) -> State:
 def coarse(state: State, bits: int) -> float:
     where = context(Scheme(bits=bits, group_size=16))
     return coarseness(Rtn().build(state, where).codes(state))
+
+
+@pytest.mark.parametrize("norm", ["input_layernorm", "ln_1", "self_attn.q_norm", "ln_attn"])
+def test_norms_are_found_whatever_they_are_called(norm: str) -> None:
+    state, where = a_state(), context(Scheme(bits=4, group_size=16))
+    codes = Rtn().build(state, where).codes(state)
+    name = next(iter(codes))
+    rest = {f"{norm}.weight": torch.ones(4), f"{name}.bias": torch.ones(4), "router.weight": torch.ones(4, 4)}
+    refinement = E2e().build(codes, rest, where)
+    assert list(refinement.learned_rest()) == [f"{norm}.weight"]
 
 
 def test_coarseness_is_the_square_of_the_step() -> None:

@@ -56,10 +56,11 @@ def test_a_hub_name_that_cannot_be_had(kind: str, monkeypatch: pytest.MonkeyPatc
 def test_a_hub_name_is_fetched_without_code(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
-    asked: dict[str, Any] = {}
+    asked: dict[str, Any] = {"allow_patterns": []}
 
-    def give(name: str, **kwargs: Any) -> str:
-        asked.update(kwargs, name=name)
+    def give(name: str, *, allow_patterns: str | list[str], **kwargs: Any) -> str:
+        asked["allow_patterns"] += [allow_patterns] if isinstance(allow_patterns, str) else allow_patterns
+        asked["name"] = name
         return str(folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", give)

@@ -94,6 +94,13 @@ def test_side_files_tokenizer_and_fingerprint(tmp_path: Path) -> None:
     assert open_checkpoint(folder).fingerprint() != first
 
 
+def test_other_weights_beside_the_model(tmp_path: Path) -> None:
+    folder = tiny_folder("llama", tmp_path)
+    names = {name for name, _ in open_checkpoint(folder).rest()}
+    save_file({"layers.0.attention.wq.weight": torch.ones(2, 2)}, folder / "consolidated.safetensors")
+    assert {name for name, _ in open_checkpoint(folder).rest()} == names
+
+
 def test_describe(tmp_path: Path) -> None:
     data = describe(open_checkpoint(tiny_folder("llama", tmp_path)))
     assert json.loads(json.dumps(data)) == data

@@ -53,6 +53,18 @@ def test_a_truncated_gguf_file(keep: int, tmp_path: Path, cache: Path) -> None:
     assert not cache.exists()
 
 
+def test_a_block_type_that_the_package_does_not_know(tmp_path: Path, cache: Path) -> None:
+    file = _write(tmp_path / "model.gguf")
+    name, data = b"token_embd.weight", bytearray(file.read_bytes())
+    kind = data.index(name) + len(name) + 4 + 2 * 8  # the number of dimensions and both of them lie between
+    assert data[kind : kind + 4] == bytes(4), "F32"
+    data[kind] = 42
+    file.write_bytes(data)
+    with pytest.raises(UserError, match="holds a block type that the gguf package cannot read"):
+        open_checkpoint(file)
+    assert not cache.exists()
+
+
 def test_an_unknown_architecture_leaves_nothing_behind(tmp_path: Path, cache: Path) -> None:
     with pytest.raises(UserError, match="cannot be converted by transformers"):
         open_checkpoint(_write(tmp_path / "model.gguf", "no-such-model"))

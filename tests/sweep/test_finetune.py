@@ -37,7 +37,7 @@ def a_recipe(model: Path, out: Path, text: Path, **changes: Any) -> Recipe:
 
 def tuner_of(recipe: Recipe, folder: Path, step: E2e) -> Finetune:
     """Prepare to learn what a finished folder without learning holds."""
-    job = Job.prepare(recipe)
+    job = Job.prepare(replace(recipe, out=f"{folder}-tuned"))
     store = Store(ckpt=job.ckpt, folder=Folder(folder, 4), scheme=recipe.scheme, dtype=torch.bfloat16)
     assert job.tokens_NT is not None
     solved = {index: store.solved(index) for index in job.blocks}
@@ -178,6 +178,7 @@ class Killed(BaseException):
         (Folder, "set_aside", 2),
         (Store, "refine", 2),
         (Folder, "finish_tuning", 1),
+        (Path, "unlink", 2),
     ],
 )
 def test_killed_on_the_way(owner: type, name: str, call: int, llama: Path, text: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -42,24 +42,37 @@ class Folder:
 
         Raises UserError where the folder holds anything else.
         """
+        cls.check(path, identity=identity)
         folder = cls(Path(path).expanduser(), shards)
-        found = folder.marker()
-        if found is None:
+        if folder.marker() is None:
             try:
                 folder.path.mkdir(parents=True, exist_ok=True)
-                strangers = {item.name for item in folder.path.iterdir()} - {f"{MARKER}.part"}
-            except FileExistsError:
-                strangers = {folder.path.name}
+                folder._write_json(MARKER, {"identity": identity, "done": False})
             except OSError as error:
                 raise UserError(f"{path} cannot be made a folder ({error.strerror}): give another --out.") from error
-            if strangers:
-                raise UserError(f"{folder.path} already holds something else: give a new or an empty folder as --out.")
-            folder._write_json(MARKER, {"identity": identity, "done": False})
-        elif found.get("identity") != identity:
-            raise UserError(
-                f"{folder.path} belongs to a run with another recipe or model: give another --out, or delete it."
-            )
         return folder
+
+    @staticmethod
+    def check(path: str | Path, *, identity: str) -> None:
+        """Raise UserError for a folder that `claim` would refuse; nothing is written."""
+        folder = Path(path).expanduser()
+        found = _read_json(folder / MARKER)
+        if found is not None and found.get("identity") != identity:
+            raise UserError(
+                f"{folder} belongs to a run with another recipe or model: give another --out, or delete it."
+            )
+        if found is not None:
+            return
+        try:
+            strangers = {item.name for item in folder.iterdir()} - {f"{MARKER}.part"}
+        except FileNotFoundError:
+            strangers = set[str]()
+        except OSError as error:
+            if not folder.is_file():
+                raise UserError(f"{path} cannot be made a folder ({error.strerror}): give another --out.") from error
+            strangers = {folder.name}
+        if strangers:
+            raise UserError(f"{folder} already holds something else: give a new or an empty folder as --out.")
 
     def marker(self) -> dict[str, Any] | None:
         """Return what the folder's marker says, or None where there is none."""
@@ -128,18 +141,21 @@ class Folder:
 
         return load_file(self.shard(index))
 
-    def finish(self, config: Mapping[str, Any], side_files: list[Path], texts: Mapping[str, str]) -> None:
-        """Write the index, copy side files, write other texts, then config.json, and mark the folder done."""
+    def finish(
+        self, config: Mapping[str, Any], side_files: Sequence[Path], root: Path, texts: Mapping[str, str]
+    ) -> None:
+        """Drop scratch files, write the index, copy files from `root`, write texts, then config.json; mark it done."""
         from safetensors import safe_open
 
+        for file in self.path.glob("*.scratch*"):
+            file.unlink()
         weight_map: dict[str, str] = {}
         for index in range(self.shards):
             with safe_open(self.shard(index), framework="pt") as handle:
                 weight_map |= dict.fromkeys(handle.keys(), self.shard(index).name)
         size = sum(self.shard(index).stat().st_size for index in range(self.shards))
         self._write_json(INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
-        for file in side_files:
-            shutil.copyfile(file, self.path / file.name)
+        copy_files(side_files, root, self.path)
         for name, text in texts.items():
             self.write_text(name, text)
         self._write_json("config.json", config)
@@ -165,10 +181,8 @@ class Folder:
         _settle(part, self.path / name)
 
     def finish_tuning(self, report: Mapping[str, float]) -> None:
-        """Note that every shard holds what was learned, and drop what was set aside."""
+        """Note that every shard holds what was learned; `finish` drops what was set aside."""
         self._write_json(MARKER, {**(self.marker() or {}), "finetuned": dict(report)})
-        for file in self.path.glob("*.scratch*"):
-            file.unlink()
 
     def unseal(self) -> None:
         """Take the manifest away before the folder changes: without it, the same command finishes the change."""
@@ -195,6 +209,14 @@ class Folder:
 
     def _write_json(self, name: str, value: Mapping[str, Any]) -> None:
         self.write_text(name, json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def copy_files(files: Iterable[Path], root: Path, folder: Path) -> None:
+    """Copy files that lie in or below `root` to the same places of a folder."""
+    for file in files:
+        target = folder / file.relative_to(root)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, target)
 
 
 def _read_json(file: Path) -> dict[str, Any] | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor
 
 from makeweight.export.base import Format
+from makeweight.export.folder import copy_files
 from makeweight.models.shards import INDEX, Shards
 from makeweight.numerics.qtensor import QTensor
 
@@ -52,8 +52,7 @@ class HfFormat(Format):
                 tensors |= {f"{name}.{suffix}": packed for suffix, packed in self.pack(tensor, solved).items()}
             shards.add(tensors)
         shards.close()
-        for file in solved.side_files():
-            shutil.copyfile(file, folder / file.name)
+        copy_files(solved.side_files(), solved.path, folder)
         config = self.quantization_config(solved)
         whole = solved.config if config is None else {**solved.config, "quantization_config": config}
         write_json(folder / "config.json", whole)

@@ -85,8 +85,10 @@ def _text(content: dict[str, Any]) -> str:
 
 
 def _files(folder: Path) -> list[str]:
-    found = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    return sorted(name for name in found if name != NAME)
+    """Return every file but the manifest; hidden ones, which hubs and file managers add, do not count."""
+    found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    names = (path.as_posix() for path in found if not any(part.startswith(".") for part in path.parts))
+    return sorted(name for name in names if name != NAME)
 
 
 def _file_hash(file: Path) -> str:

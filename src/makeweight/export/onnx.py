@@ -10,7 +10,6 @@ Source: microsoft/onnxruntime, docs/ContribOperators.md, com.microsoft.MatMulNBi
 from __future__ import annotations
 
 import importlib.util
-import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from makeweight.export import onnx_graph as graph
 from makeweight.export.base import Facts, Format
+from makeweight.export.folder import copy_files
 from makeweight.export.hf import write_json
 from makeweight.export.onnx_graph import CODES, COS, SCALES, SIN, ZEROS, Layout
 from makeweight.models.shards import read_json
@@ -200,8 +200,7 @@ class Onnx(Format):
                 data.add(name, table)
         onnx.save(graph.Decoder(config, data.tensors, layouts).build(), folder / MODEL)
         onnx.checker.check_model(str(folder / MODEL))
-        for file in solved.side_files():
-            shutil.copyfile(file, folder / file.name)
+        copy_files(solved.side_files(), solved.path, folder)
         write_json(folder / "config.json", solved.config)
         write_json(folder / "genai_config.json", genai_config(config, folder))
 

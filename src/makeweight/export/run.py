@@ -60,15 +60,15 @@ def can_export(solved: Solved) -> list[Answer]:
 def export_model(path: str | Path, formats: Sequence[str], *, out: str | Path | None = None) -> list[Exported]:
     """Write a solved folder in other formats, each into `out`/<format> (None: beside it, as <folder>-<format>).
 
-    Nothing is solved again, and what an earlier call wrote from the same folder is not written again. Raises UserError,
-    before anything is written, for a format that is unknown or cannot hold the model, and for a folder that holds
-    something else; RuntimeError where what was written reads back differently.
+    Nothing is solved again, and what an earlier call wrote from the same folder is not written again unless it is
+    damaged. Raises UserError, before anything is written, for a format that is unknown or cannot hold the model, and
+    for a folder that holds something else; RuntimeError where what was written reads back differently.
     """
     if not formats:
         return []
     solved = Solved(path)
     targets = check(solved.path, formats, solved.facts, identity=solved.identity, out=out)
-    return [_earlier(target, solved.identity) or _export(form, solved, target) for form, target in targets]
+    return [_sound(target, solved.identity) or _export(form, solved, target) for form, target in targets]
 
 
 def check(
@@ -104,6 +104,13 @@ def _earlier(target: Path, identity: str) -> Exported | None:
     return Exported(**{**found, "path": target})
 
 
+def _sound(target: Path, identity: str) -> Exported | None:
+    """Return what an earlier call wrote, None where that is nothing or has changed on the disk since."""
+    found = _earlier(target, identity)
+    whole = found is not None and (target / manifest.NAME).is_file() and not manifest.check(target)
+    return found if whole else None
+
+
 def known(name: str) -> Format:
     """Return a format by its name, or refuse in a sentence."""
     if name not in FORMATS:
@@ -114,7 +121,10 @@ def known(name: str) -> Format:
 def _export(form: Format, solved: Solved, target: Path) -> Exported:
     part = target.with_name(f"{target.name}.part")
     shutil.rmtree(part, ignore_errors=True)  # what an interrupted run left
-    part.mkdir(parents=True)
+    try:
+        part.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{target} cannot be made a folder ({error.strerror}): give another --out.") from error
     form.write(solved, part)
     shutil.copyfile(solved.path / "recipe.json", part / "recipe.json")
     worst = _compare(form, solved, part)
@@ -124,6 +134,7 @@ def _export(form: Format, solved: Solved, target: Path) -> Exported:
     note = {name: value for name, value in asdict(done).items() if name != "path"}
     write_json(part / NOTE, {**note, "solved": solved.identity})
     (part / manifest.NAME).write_text(manifest.build(part), encoding="utf-8")
+    shutil.rmtree(target, ignore_errors=True)  # of the same run and damaged, or not there
     part.replace(target)
     return done
 

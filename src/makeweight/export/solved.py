@@ -16,11 +16,14 @@ from makeweight.export import manifest
 from makeweight.export.base import Facts
 from makeweight.export.folder import MARKER, OWN
 from makeweight.models import packed
+from makeweight.models.checkpoint import TEMPLATES
 from makeweight.models.shards import Shards, read_json
 from makeweight.numerics.qtensor import QTensor
 from makeweight.numerics.scheme import Scheme
 from makeweight.recipe import Recipe
 
+REPAIR = "Delete it and write it again, or download it again."
+"""What helps against a damaged folder."""
 NOT_SIDE = (*OWN, "config.json", "*.safetensors", "*.index.json", ".*")
 
 
@@ -53,7 +56,7 @@ class Solved:
         if not (self.path / manifest.NAME).is_file():
             return
         if problems := manifest.check(self.path, kinds=(".safetensors",)):
-            raise UserError(f"{self.path} is not what was solved: {' '.join(problems)} Quantize or download it again.")
+            raise UserError(f"{self.path} is not what was solved: {' '.join(problems)} {REPAIR}")
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -119,5 +122,6 @@ class Solved:
 
     def side_files(self) -> list[Path]:
         """Return tokenizer, chat template, generation config and whatever else is no weight."""
-        files = (file for file in sorted(self.path.iterdir()) if file.is_file())
+        found = sorted([*self.path.iterdir(), *self.path.glob(TEMPLATES)])
+        files = (file for file in found if file.is_file())
         return [file for file in files if not any(file.match(pattern) for pattern in NOT_SIDE)]

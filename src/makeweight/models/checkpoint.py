@@ -31,6 +31,8 @@ _WEIGHTS = (
     "config.json",
     ".*",
 )
+TEMPLATES = "additional_chat_templates/*.jinja"
+"""Where transformers keeps the chat templates of a tokenizer that are not its default."""
 
 
 class Checkpoint:
@@ -258,7 +260,8 @@ class Checkpoint:
         Code counts only where it is trusted.
         """
         excluded = _WEIGHTS if self._trust else (*_WEIGHTS, "*.py")
-        files = (file for file in sorted(self.path.iterdir()) if file.is_file())
+        found = sorted([*self.path.iterdir(), *self.path.glob(TEMPLATES)])
+        files = (file for file in found if file.is_file())
         return [file for file in files if not any(file.match(pattern) for pattern in excluded)]
 
     @cached_property

@@ -86,6 +86,11 @@ def _check_complete(file: Path) -> None:
         tensors = GGUFReader(file).tensors
     # The reader meets damage wherever it happens to look, so any type of error may come.
     except Exception as error:
+        if "GGMLQuantizationType" in str(error):  # a type newer than the package, or damage that looks like one
+            raise UserError(
+                f"{file} holds a block type that the gguf package cannot read ({first_line(error)}): "
+                "give another type, or the folder that it was made from."
+            ) from error
         raise UserError(broken) from error
     size = file.stat().st_size
     if not tensors or max(int(item.data_offset) + int(item.n_bytes) for item in tensors) > size:

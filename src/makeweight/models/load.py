@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from makeweight.errors import UserError
 from makeweight.models import gguf, packed
-from makeweight.models.checkpoint import Checkpoint
+from makeweight.models.checkpoint import TEMPLATES, Checkpoint
 from makeweight.models.shards import first_line, read_json
 
 if TYPE_CHECKING:
@@ -58,7 +58,8 @@ def _from_hub(name: str, code: bool) -> Path:
     files = [*_HUB_FILES, "*.py"] if code else _HUB_FILES
     try:
         # Files of one model only: folders inside a repository hold other copies of the same weights.
-        return Path(snapshot_download(name, allow_patterns=files, ignore_patterns=["*/*"]))
+        snapshot_download(name, allow_patterns=files, ignore_patterns=["*/*"])
+        return Path(snapshot_download(name, allow_patterns=TEMPLATES))
     # The hub's own errors and those of whatever network library it uses share no base class.
     except Exception as error:
         raise UserError(

@@ -119,6 +119,8 @@ def _shard_files(folder: Path) -> list[Path]:
         if missing:
             raise UserError(f"{folder} lacks the weight file {missing[0]} named in {INDEX}: download it again.")
         return files
+    if (whole := folder / "model.safetensors").is_file():
+        return [whole]  # what else lies there is not the model: an adapter, the publisher's own layout
     files = sorted(folder.glob("*.safetensors"))
     if files:
         return files

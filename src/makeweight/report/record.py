@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from makeweight import __version__
 from makeweight.evals.perplexity import Perplexity
 from makeweight.recipe import Recipe
+
+if TYPE_CHECKING:
+    import torch
 
 FILE = "record.json"
 BROKEN, POOR = 2.0, 1.2
@@ -84,6 +89,19 @@ def _ratio(pair: tuple[Perplexity, Perplexity]) -> float:
     """Return after / before, infinite where the original is broken itself."""
     ratio = pair[0].perplexity / pair[1].perplexity
     return math.inf if math.isnan(ratio) else ratio
+
+
+def machine(device: torch.device) -> dict[str, str]:
+    """Describe what a run ran on."""
+    import torch
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {
+        "device": f"{device.type}: {name}",
+        "threads": str(torch.get_num_threads()),
+        "torch": torch.__version__,
+        "makeweight": __version__,
+    }
 
 
 def recipe_data(recipe: Recipe) -> dict[str, Any]:

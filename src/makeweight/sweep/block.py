@@ -30,11 +30,11 @@ class Block:
         return hidden_of(functional_call(self.module, self._named(weights), (hidden_BTD,), dict(self.kwargs)))
 
     def state(self) -> State:
-        """Return fp32 copies of the weights to quantize."""
+        """Return fp32 copies of the weights to quantize, as the block holds them."""
         return {name: self.module.get_submodule(name).weight.detach().float().clone() for name in self.linears}  # pyright: ignore[reportCallIssue,reportAttributeAccessIssue]
 
     def rest(self) -> Params:
-        """Return fp32 copies of all other parameters."""
+        """Return fp32 copies of all other parameters, as the block holds them."""
         taken = {f"{name}.weight" for name in self.linears}
         return {
             name: tensor.detach().float().clone()

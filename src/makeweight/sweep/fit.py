@@ -1,4 +1,4 @@
-"""The one optimiser loop: learn a chain so that a block's outputs, here and some blocks later, stay what they were.
+"""The optimiser loop of a block: learn a chain so that outputs, here and some blocks later, stay what they were.
 
 Shapes: N samples, B batch, T tokens, D hidden.
 """
@@ -83,7 +83,7 @@ class Fit:
         self.chain, self.judge, self.hidden, self.targets = chain, judge, hidden_NTD, targets
         self.steps, self.batch_size, self.tick = steps, batch_size, tick
         self.every = max(1, math.ceil(steps / max(1, checks)))
-        self.generator = torch.Generator().manual_seed(seed * 1_000_003 + judge.blocks[0].index)
+        self.generator = torch.Generator().manual_seed((seed * 1_000_003 + judge.blocks[0].index) % 2**63)
         samples = hidden_NTD.shape[0]
         held = max(1, samples // 8) if samples > 1 else 0
         order = torch.randperm(samples, generator=self.generator)

@@ -18,7 +18,7 @@ from makeweight.models.checkpoint import Checkpoint
 from makeweight.numerics.qtensor import QTensor
 from makeweight.recipe import Tune
 from makeweight.sweep.block import Block
-from makeweight.sweep.chain import Chain, Frozen, Steps
+from makeweight.sweep.chain import Chain, Frozen, Steps, split
 from makeweight.sweep.fit import Fit, Judge
 from makeweight.sweep.inputs import Moments
 from makeweight.sweep.sequential import round_in_order
@@ -71,7 +71,8 @@ class Sweep:
         start, solver = time.perf_counter(), self.solver
         blocks = self._blocks(index)
         targets = self.stream.targets(blocks)
-        chain = self._chain(blocks[0])
+        state, own = self._stored(blocks[0])
+        chain = self._chain(blocks[0], state, own)
         if solver.same_input:
             batch_size = solver.tune.batch_size
             quantized_NTD = self.stream.quantized_NTD
@@ -94,7 +95,7 @@ class Sweep:
             tick=tick,
         )
         learned = asdict(fit.run())
-        frozen, own = self._freeze(blocks[0], chain), blocks[0].rest()
+        frozen = self._freeze(blocks[0], chain)
         rest = {
             name: tensor.to(self.ckpt.dtype)
             for name, tensor in frozen.rest.items()
@@ -104,7 +105,16 @@ class Sweep:
         report = {**learned, **chain.report(), **frozen.report, "seconds": time.perf_counter() - start}
         return Committed(codes=frozen.codes, rest=rest, report=report)
 
-    def _chain(self, block: Block) -> Chain:
+    def _stored(self, block: Block) -> tuple[State, Params]:
+        """Return a block's weights to quantize and its other parameters, fp32, as the file has them.
+
+        The block itself holds them in the forward's dtype, which may be narrower.
+        """
+        read = self.ckpt.block_state(block.index, torch.float32)
+        params = {name: read[name].to(self.device) for name, _ in block.module.named_parameters()}
+        return split(params, block.linears)
+
+    def _chain(self, block: Block, state: State, own: Params) -> Chain:
         """Build the maps of a block, with what its linears read where a step asks."""
         solver = self.solver
 
@@ -112,8 +122,8 @@ class Sweep:
             weights = {name: tensor.to(solver.context.dtype) for name, tensor in params.items()}
             return Moments(block, weights, self.stream.quantized_NTD, solver.tune.batch_size, self.device)
 
-        rest = block.rest() if solver.steps.exact else {}
-        return Chain.build(block.state(), solver.steps, solver.context, rest=rest, inputs=inputs).to(self.device)
+        rest = own if solver.steps.exact else {}
+        return Chain.build(state, solver.steps, solver.context, rest=rest, inputs=inputs).to(self.device)
 
     def _freeze(self, block: Block, chain: Chain) -> Frozen:
         """Return what was learned, rounded by the step that rounds, where it is one of its own."""

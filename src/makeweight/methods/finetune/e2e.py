@@ -41,6 +41,12 @@ def coarseness(codes: Mapping[str, QTensor]) -> float:
     return steps / weights if weights else 1.0
 
 
+def _of_norm(name: str, rest: Params, codes: Mapping[str, QTensor]) -> bool:
+    """Whether a parameter is a norm's, whatever the family calls it: one number per channel, of no linear."""
+    owner, _, kind = name.rpartition(".")
+    return kind in ("weight", "bias") and rest[name].ndim == 1 and owner not in codes
+
+
 class Scales(Refinement):
     """Every scale of a block times a learned factor, and its norms where they are learned."""
 
@@ -57,7 +63,7 @@ class Scales(Refinement):
         )
         self.unit = coarseness(codes)
         self.rest = rest
-        self.learned = tuple(name for name in rest if step.norms and "norm" in name)
+        self.learned = tuple(name for name in rest if step.norms and _of_norm(name, rest, codes))
         self.norms = nn.ParameterDict({self.names[name]: rest[name].float() for name in self.learned})
 
     def scales(self, name: str) -> Tensor:
