@@ -95,6 +95,17 @@ def test_inputs_that_never_come() -> None:
     assert torch.equal(codes_OI[:, 5], zero_OG[:, 0]), "the code of zero"
 
 
+def test_inputs_that_never_come_do_not_raise_the_damping() -> None:
+    weight_OI, inputs_TI = a_layer()
+    inputs_TI[:, ::6] = 0
+    scheme, hessian_II = Scheme(bits=3, group_size=16), inputs_TI.T @ inputs_TI
+    large, small = (
+        feedback_codes(weight_OI, size * hessian_II, scheme, 16, of(scheme), act_order=True, damp=0.01)[0]
+        for size in (1.0, 1e-6)
+    )
+    assert torch.equal(large, small)
+
+
 def test_damping_grows_until_there_is_an_inverse() -> None:
     factor_II, damp = feedback_factor(torch.eye(4), 0.01)
     assert damp == 0.01

@@ -62,7 +62,8 @@ def feedback_codes(
     """
     weight_OI, hessian_II = weight_OI.clone(), hessian_II.clone()
     dead_I = hessian_II.diagonal() == 0
-    hessian_II.diagonal()[dead_I] = 1
+    # What the damping is a share of must not depend on them: they get the mean of the others.
+    hessian_II.diagonal()[dead_I] = hessian_II.diagonal().sum() / (~dead_I).sum() if not dead_I.all() else 1.0
     weight_OI[:, dead_I] = 0
     width = weight_OI.shape[1]
     order_I = hessian_II.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(width)
