@@ -21,6 +21,7 @@ from makeweight import evaluate
 from makeweight.export.folder import copy_files
 from makeweight.models.checkpoint import Checkpoint
 from makeweight.models.load import open_checkpoint
+from makeweight.numerics.flops import matmul_rate
 
 
 def most_values(weight_OI: Tensor, group_size: int) -> int:
@@ -70,7 +71,8 @@ def judge(request: dict[str, Any]) -> dict[str, Any]:
         windows=request["windows"],
         device="cpu",
     )
-    return {**answer, "perplexities": perplexities(found)}
+    rate = matmul_rate(rows=4096, size=576)  # of the machine, as in benchmarks/step.py
+    return {**answer, "perplexities": perplexities(found), "rate_gflops": round(rate / 1e9)}
 
 
 if __name__ == "__main__":

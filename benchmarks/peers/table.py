@@ -17,6 +17,8 @@ COSTS_NOTE = (
     "itself and writes its own format before the dense one."
 )
 GAP_NOTE = "g is the logarithm of a perplexity over the original's: 0 where nothing is lost, and less is better."
+FASTER = 1.2
+"""From which ratio of matrix-product rates on machines are called different."""
 EMPTY = ("-",) * (2 * len(DOMAINS) + len(COSTS))
 
 
@@ -66,7 +68,23 @@ def _notes(cells: Mapping[str, Mapping[str, Any]], order: Sequence[str]) -> str:
     lines = [f"- Calibration: {', '.join(samples) or '-'}; threads: {', '.join(map(str, threads)) or '-'}."]
     lines.append(f"- {GAP_NOTE}")
     lines.append(f"- {COSTS_NOTE}")
+    lines += _machines(cells)
     noted = dict.fromkeys((name.partition("/")[2], cell["note"]) for name, cell in cells.items() if cell.get("note"))
     lines += [f"- `{name}`: {note}." for name, note in sorted(noted, key=lambda pair: order.index(pair[0]))]
     lines += [f"- Not run: {name}; {reason}." for name, reason in NOT_RUN.items()]
     return "\n".join(lines)
+
+
+def _machines(cells: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Say in which settings times must not be compared: machines differ from one day to another."""
+    rates: dict[str, dict[str, float]] = {}
+    for name, cell in cells.items():
+        if "rate_gflops" in cell:
+            setting, _, run = name.partition("/")
+            rates.setdefault(setting, {})[run] = cell["rate_gflops"]
+    return [
+        f"- Minutes at {setting} are of different machines (bf16 products, GFLOP/s: "
+        f"{', '.join(f'`{run}` {rate}' for run, rate in found.items())})."
+        for setting, found in rates.items()
+        if max(found.values()) > FASTER * min(found.values())
+    ]
