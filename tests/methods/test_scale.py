@@ -16,12 +16,19 @@ from makeweight.methods.weight.sde import Sde
 from makeweight.models.registry import spec_for
 from makeweight.models.rescale import per_reader
 from makeweight.numerics.errors import token_error
-from makeweight.sweep.chain import Chain, Steps, join
+from makeweight.sweep.block import Block
+from makeweight.sweep.chain import Chain, Steps, join, split
 from makeweight.sweep.inputs import Moments
 from tests.sweep.problem import CPU, Problem, problem
 from tests.tiny import FAMILIES, tiny_model
 
 WITH_EDGES = [family for family in FAMILIES if family != "gpt-neox"]
+
+
+def rest_of(block: Block) -> Params:
+    """Return fp32 copies of a block's parameters besides the weights to quantize."""
+    params = {name: tensor.detach().float().clone() for name, tensor in block.module.named_parameters()}
+    return split(params, block.linears)[1]
 
 
 def case_of(family: str, **options: object) -> Problem:
@@ -36,7 +43,7 @@ def inputs_of(case: Problem, params: Params) -> Moments:
 def chain_of(case: Problem, *exact: BlockStep, maps: tuple[Sde, ...] = ()) -> Chain:
     block, steps = case.blocks[0], Steps(exact=exact, maps=maps, grid=Rtn())
     return Chain.build(
-        block.state(), steps, case.context, rest=block.rest(), inputs=lambda params: inputs_of(case, params)
+        block.state(), steps, case.context, rest=rest_of(block), inputs=lambda params: inputs_of(case, params)
     )
 
 
@@ -59,7 +66,7 @@ def test_scales_leave_the_block_as_it_is(family: str, step: BlockStep) -> None:
             for parameter in group.params:
                 parameter.normal_(std=0.5)
         moved = join(*chain.moved())
-    changed = [name for name, tensor in join(case.blocks[0].state(), case.blocks[0].rest()).items()
+    changed = [name for name, tensor in join(case.blocks[0].state(), rest_of(case.blocks[0])).items()
                if not torch.equal(tensor, moved[name])]  # fmt: skip
     assert changed, "nothing was scaled"
     torch.testing.assert_close(output(case, moved), output(case), rtol=2e-4, atol=2e-4)
@@ -69,7 +76,7 @@ def test_let_is_the_identity_before_learning() -> None:
     case = case_of("llama")
     with_scales, without = chain_of(case, Let(down=True)), chain_of(case)
     for name, tensor in with_scales().items():
-        assert torch.equal(tensor, {**without(), **case.blocks[0].rest()}[name])
+        assert torch.equal(tensor, {**without(), **rest_of(case.blocks[0])}[name])
 
 
 def test_let_learns() -> None:
@@ -92,7 +99,7 @@ def test_only_the_last_linear_of_the_mlp_is_left_out() -> None:
 def test_searched_scales_never_lose_more_at_the_readers(family: str) -> None:
     case = case_of(family)
     block = case.blocks[0]
-    params = join(block.state(), block.rest())
+    params = join(block.state(), rest_of(block))
     inputs, spec = inputs_of(case, params), case.context.spec
     assert spec is not None
     for edge in spec.edges:
@@ -120,7 +127,7 @@ def test_inputs_with_a_few_large_channels_are_what_scales_are_for() -> None:
 def test_clip_costs_each_output_less_than_the_full_range(scheme: str) -> None:
     case = case_of("llama", samples=24, scheme=scheme)
     block = case.blocks[0]
-    state, inputs = block.state(), inputs_of(case, join(block.state(), block.rest()))
+    state, inputs = block.state(), inputs_of(case, join(block.state(), rest_of(block)))
     seen = replace(case.context, inputs=inputs)
     clipped, plain = InputClip().build(state, seen)(state), Rtn().build(state, seen)(state)
 

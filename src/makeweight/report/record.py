@@ -8,14 +8,13 @@ import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from makeweight import __version__
 from makeweight.evals.perplexity import Perplexity
 from makeweight.recipe import Recipe
-
-if TYPE_CHECKING:
-    import torch
 
 FILE = "record.json"
 BROKEN, POOR = 2.0, 1.2
@@ -93,8 +92,6 @@ def _ratio(pair: tuple[Perplexity, Perplexity]) -> float:
 
 def machine(device: torch.device) -> dict[str, str]:
     """Describe what a run ran on."""
-    import torch
-
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {
         "device": f"{device.type}: {name}",

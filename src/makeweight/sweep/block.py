@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from makeweight.calib.capture import hidden_of
-from makeweight.methods.base import Params, State
+from makeweight.methods.base import State
 
 
 @dataclass(frozen=True)
@@ -32,15 +32,6 @@ class Block:
     def state(self) -> State:
         """Return fp32 copies of the weights to quantize, as the block holds them."""
         return {name: self.module.get_submodule(name).weight.detach().float().clone() for name in self.linears}  # pyright: ignore[reportCallIssue,reportAttributeAccessIssue]
-
-    def rest(self) -> Params:
-        """Return fp32 copies of all other parameters, as the block holds them."""
-        taken = {f"{name}.weight" for name in self.linears}
-        return {
-            name: tensor.detach().float().clone()
-            for name, tensor in self.module.named_parameters()
-            if name not in taken
-        }
 
     def write(self, weights: Mapping[str, Tensor]) -> None:
         """Replace weights, by name of a linear or of a parameter, for good."""
