@@ -14,7 +14,7 @@ from makeweight.methods.base import Context, Grid, GridStep
 from makeweight.methods.grid.clip import GroupedGrid, Rtn
 from makeweight.methods.grid.gptq import Gptq
 from makeweight.methods.grid.rounding import REACH, Rounding, RoundingGrid
-from makeweight.methods.grid.search import Hqq, MseRange, Percentile
+from makeweight.methods.grid.search import Hqq, MseRange, Percentile, Start
 from makeweight.methods.grid.stepsize import LEAST, StepGrid, StepSize
 from makeweight.numerics.scheme import Scheme
 from makeweight.plan import compose
@@ -30,11 +30,14 @@ def error(grid: Grid, state: dict[str, Tensor], power: float = 2.0) -> float:
 
 
 @pytest.mark.parametrize(("dtype", "scale_dtype"), FORMATS, ids=str)
-def test_stepsize_begins_as_rtn(dtype: torch.dtype, scale_dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("start", "same"), [("mse", MseRange()), ("range", Rtn())], ids=["mse", "range"])
+def test_stepsize_begins_at_the_ranges_that_were_asked_for(
+    start: Start, same: GridStep, dtype: torch.dtype, scale_dtype: torch.dtype
+) -> None:
     state = a_state()
     for scheme in SCHEMES:
         where = Context(scheme=scheme, scale_dtype=scale_dtype, dtype=dtype, steps=200)
-        grid, plain = StepSize().build(state, where), Rtn().build(state, where)
+        grid, plain = StepSize(start=start).build(state, where), same.build(state, where)
         for name in state:
             assert torch.equal(grid(state)[name], plain(state)[name])
             assert grid.codes(state)[name].digest() == plain.codes(state)[name].digest()
@@ -53,6 +56,15 @@ def test_steps_stay_where_they_are_allowed(symmetric: bool) -> None:
         assert (quantized.scale_OG > 0).all() and quantized.scale_OG.isfinite().all(), name
 
 
+def test_zero_points_begin_between_codes() -> None:
+    where, state = context(Scheme(bits=3, group_size=16)), a_state()
+    grid = StepSize().build(state, where)
+    assert isinstance(grid, StepGrid)
+    parts = torch.cat([(zero - zero.round()).flatten() for zero in grid.zeros.values()])
+    inside_count = int((parts != 0).sum())
+    assert inside_count > 0.8 * parts.numel() and parts.abs().max() < 0.5  # else no step that learning takes moves one
+
+
 @pytest.mark.parametrize("descent", ["adam", "sign"])
 def test_rounding_may_travel_a_whole_run_to_the_next_code(descent: Literal["adam", "sign"]) -> None:
     state, where = a_state(), context(Scheme(bits=3, group_size=16))
@@ -65,7 +77,7 @@ def test_rounding_may_travel_a_whole_run_to_the_next_code(descent: Literal["adam
 
 
 @pytest.mark.parametrize(("start", "same"), [("mse", MseRange()), ("range", Rtn())], ids=["mse", "range"])
-def test_rounding_begins_at_the_ranges_that_were_asked_for(start: Literal["mse", "range"], same: GridStep) -> None:
+def test_rounding_begins_at_the_ranges_that_were_asked_for(start: Start, same: GridStep) -> None:
     state = a_state()
     for scheme in SCHEMES:
         grid, plain = Rounding(start=start).build(state, context(scheme)), same.build(state, context(scheme))
@@ -88,7 +100,7 @@ def test_a_step_of_a_scale_is_relative() -> None:
     codes, where = [], context(Scheme(bits=2, group_size=16))
     for size in (1.0, 1024.0):
         state = {name: weight * size for name, weight in a_state().items() if name not in ("poor", "one-row")}
-        grid = StepSize().build(state, replace(where, scale_dtype=torch.float32))
+        grid = StepSize(start="range").build(state, replace(where, scale_dtype=torch.float32))
         groups = [{"params": group.params, "lr": group.rate * group.unit} for group in grid.learnables()]
         adam = torch.optim.AdamW(groups, weight_decay=0.0, eps=1e-12)
         before = error(grid, state)

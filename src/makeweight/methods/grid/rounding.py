@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from makeweight.errors import UserError
 from makeweight.methods.base import Context, Grid, GridStep, Learnables, State
 from makeweight.methods.grid.clip import RangeGrid
-from makeweight.methods.grid.search import MseRange
+from makeweight.methods.grid.search import Start, check_start, first_ranges
 
 REACH = 0.5
 
@@ -35,7 +35,7 @@ class RoundingGrid(RangeGrid):
         self.step = step
         self.names = {name: name.replace(".", "-") for name in state}
         self.offsets, self.low, self.high = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
-        start = MseRange().build(state, context) if step.start == "mse" else RangeGrid(context)
+        start = first_ranges(step.start, state, context)
         for name, weight_OI in state.items():
             low_OG, high_OG = start.factors(name, weight_OI)
             self.offsets[self.names[name]] = nn.Parameter(torch.zeros_like(weight_OI))
@@ -68,12 +68,11 @@ class Rounding(GridStep):
     """
 
     rate: float = 1.0
-    start: Literal["mse", "range"] = "mse"
+    start: Start = "mse"
     descent: Literal["adam", "sign"] = "sign"
 
     def __post_init__(self) -> None:
-        if self.start not in ("mse", "range"):
-            raise UserError(f"autoround: start {self.start!r} is unknown: choose mse or range.")
+        check_start("autoround", self.start)
         if self.descent not in ("adam", "sign"):
             raise UserError(f"autoround: descent {self.descent!r} is unknown: choose adam or sign.")
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from torch import Tensor
 from makeweight.errors import UserError
 from makeweight.methods.base import Context, Grid, GridStep, State
 from makeweight.methods.grid.clip import RangeGrid
-from makeweight.methods.grid.stepsize import FixedGrid
+from makeweight.methods.grid.fixed import FixedGrid
 from makeweight.numerics.grid import grouped
 from makeweight.numerics.scheme import Scheme
 from makeweight.numerics.search import best_factors, half_quadratic, power_error, quantile_factors
@@ -86,6 +86,21 @@ class MseRange(GridStep):
             return _both(best_factors(weight_OGS, context.scheme, context.scale_dtype, shares=shares, error=error))
 
         return FactorGrid(_each(state, context, find), context)
+
+
+Start = Literal["mse", "range"]
+"""Where learned ranges begin: at the least error of the weights, or at their full width."""
+
+
+def check_start(name: str, start: str) -> None:
+    """Raise UserError for a start of method `name` that there is not."""
+    if start not in get_args(Start):
+        raise UserError(f"{name}: start {start!r} is unknown: choose {' or '.join(get_args(Start))}.")
+
+
+def first_ranges(start: Start, state: State, context: Context) -> RangeGrid:
+    """Return the grid that learned ranges begin as."""
+    return MseRange().build(state, context) if start == "mse" else RangeGrid(context)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,10 +1,10 @@
 """Learned step sizes (LSQ) and zero-points: scales that follow the loss, no longer the weights.
 
-w_hat = scale * (clip(round(w / scale) + zero) - zero). Scales and, on an asymmetric grid, zero-points begin as those
-of round-to-nearest and are learned on their own; with learned weights below (tune) this is the block-wise stage of
-EfficientQAT. Zero-points are rounded and stay in the code range.
+w_hat = scale * (clip(round(w / scale) + zero) - zero). Scales and, on an asymmetric grid, zero-points begin where the
+weights' range, or the part of it that costs them least, puts them, and are learned on their own; with learned weights
+below (tune) this is the block-wise stage of EfficientQAT. Zero-points are rounded and stay in the code range.
 Sources: arXiv 1902.08153 (LSQ); arXiv 2407.11062 (EfficientQAT, Block-AP). Learning a factor of the first scale, so
-that one rate fits all models, is ours.
+that one rate fits all models, and the start are ours.
 
 Shapes: O out, I in, G groups per row, S inputs per group.
 """
@@ -18,47 +18,24 @@ import torch
 from torch import Tensor, nn
 
 from makeweight.methods.base import Context, Grid, GridStep, Learnables, State
-from makeweight.methods.grid.clip import GroupedGrid, RangeGrid
-from makeweight.numerics.gptq import Ranges
-from makeweight.numerics.stepgrid import stepped_grid, stored
+from makeweight.methods.grid.clip import RangeGrid
+from makeweight.methods.grid.fixed import FixedGrid
+from makeweight.methods.grid.search import Start, check_start, first_ranges
+from makeweight.numerics.grid import grouped, ranges
 
 LEAST = 0.01
 """The smallest share of its first scale that a scale can shrink to."""
-
-Steps = dict[str, tuple[Tensor, Tensor]]
-"""Scales and zero-points, both (O, G), by linear name."""
-
-
-class FixedGrid(GroupedGrid):
-    """Quantize every matrix with scales and zero-points that do not follow its weights."""
-
-    def __init__(self, steps: Steps, context: Context) -> None:
-        super().__init__(context)
-        self.first = steps
-
-    def steps(self, name: str) -> tuple[Tensor, Tensor]:
-        """Return scales and zero-points before they are rounded to what is stored, both (O, G)."""
-        return self.first[name]
-
-    def forward(self, state: State) -> State:  # noqa: D102
-        scheme, given = self.context.scheme, {"scale_dtype": self.context.scale_dtype, "dtype": self.context.dtype}
-        return {name: stepped_grid(weight, *self.steps(name), scheme, **given) for name, weight in state.items()}
-
-    def qparams(self, name: str, weight_OI: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
-        return stored(*self.steps(name), self.context.scheme, self.context.scale_dtype)
-
-    def group_qparams(self, name: str, weight_OI: Tensor) -> Ranges:  # noqa: D102
-        scale_OG, zero_OG = self.qparams(name, weight_OI)
-        return lambda _, group: (scale_OG[:, group], zero_OG[:, group])
+NEAR = 0.499
+"""How far from a code a zero-point may begin and still round to it, whatever a scale lost as it was stored."""
 
 
 class StepGrid(FixedGrid):
     """Scales times learned factors, and learned zero-points where the grid has any."""
 
     def __init__(self, state: State, context: Context, step: StepSize) -> None:
-        plain = RangeGrid(context)
+        start = first_ranges(step.start, state, context)
         with torch.no_grad():
-            super().__init__({name: plain.qparams(name, weight) for name, weight in state.items()}, context)
+            super().__init__({name: _begin(start, name, weight) for name, weight in state.items()}, context)
         self.step, self.names = step, {name: name.replace(".", "-") for name in state}
         self.factors, self.zeros = nn.ParameterDict(), nn.ParameterDict()
         for name, (scale_OG, zero_OG) in self.first.items():
@@ -83,16 +60,32 @@ class StepGrid(FixedGrid):
             zero_OG.clamp_(self.context.scheme.qmin, self.context.scheme.qmax)
 
 
+def _begin(grid: RangeGrid, name: str, weight_OI: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the scales of a range grid and its zero-points as they are before rounding to the same codes, (O, G)."""
+    scheme, (scale_OG, zero_OG) = grid.context.scheme, grid.qparams(name, weight_OI)
+    if scheme.symmetric:
+        return scale_OG, zero_OG
+    low_OG, _ = ranges(grouped(weight_OI, weight_OI.shape[1] // scale_OG.shape[1]))
+    factor_OG, _ = grid.factors(name, weight_OI)
+    exact_OG = scheme.qmin - low_OG * factor_OG / scale_OG
+    return scale_OG, exact_OG.clamp(zero_OG - NEAR, zero_OG + NEAR).clamp(scheme.qmin, scheme.qmax)
+
+
 @dataclass(frozen=True, kw_only=True)
 class StepSize(GridStep):
     """Learn scales and zero-points.
 
+    `start` is where scales begin: `mse` at the least error of the weights, `range` at full ranges, as in EfficientQAT.
     `rate` is how far one AdamW step moves a scale, relative to its first value, `zero_rate` a zero-point, in codes. A
     zero-point that moves moves by a whole code: ten times this rate did harm at all widths.
     """
 
     rate: float = 1e-2
     zero_rate: float = 1e-3
+    start: Start = "mse"
+
+    def __post_init__(self) -> None:
+        check_start("stepsize", self.start)
 
     def build(self, state: State, context: Context) -> Grid:  # noqa: D102
         return StepGrid(state, context, self)
