@@ -35,7 +35,7 @@ from makeweight.plan import compose
 from makeweight.sweep.block import Block
 from makeweight.sweep.chain import Chain, Steps
 from makeweight.sweep.descent import Descent
-from makeweight.sweep.fit import Judge
+from makeweight.sweep.judge import Judge
 
 METHODS = ("lwc", "lwc+sde", "lwc+sde+cl", "autoround", "autoround+cl")
 SEQLEN = 512

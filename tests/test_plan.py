@@ -82,7 +82,7 @@ def test_every_pair_composes_or_is_refused(name: str) -> None:
     [
         ("lwx", "method 'lwx' is unknown (did you mean 'lwc'?)"),
         ("lwc+sdee+cl", "method 'sdee' is unknown (did you mean 'sde'?)"),
-        ("zzzzz", "method 'zzzzz' is unknown: choose among rtn, lwc, autoround, stepsize, mse, percentile"),
+        ("zzzzz", "method 'zzzzz' is unknown: choose among rtn, lwc, autoround, flipround, stepsize, mse, percentile"),
         ("lwc+", "method '' is unknown"),
         ("", "method '' is unknown"),
         ("lwc,sde", "is unknown"),
@@ -118,8 +118,12 @@ def test_impossible_methods(method: str, says: str) -> None:
         ("lwc+cl", {"cl": {"ahead": 0}}, "ahead 0"),
         ("lwc+cl", {"cl": {"decay": 0.0}}, "decay 0.0"),
         ("lwc+e2e", {"e2e": {"steps": 0}}, "e2e: steps 0 and batch_size 4 must be at least 1"),
-        ("autoround", {"autoround": {"start": "hqq"}}, "autoround: start 'hqq' is unknown: choose mse or range"),
-        ("autoround", {"autoround": {"descent": "sgd"}}, "autoround: descent 'sgd' is unknown: choose adam or sign"),
+        ("autoround", {"autoround": {"start": "hqq"}}, "learned rounding: start 'hqq' is unknown: choose mse"),
+        (
+            "autoround",
+            {"autoround": {"descent": "sgd"}},
+            "learned rounding: descent 'sgd' is unknown: choose",
+        ),
         ("lwc+e2e", {"e2e": {"batch_size": 0}}, "batch_size 0 must be at least 1"),
         ("lwc+aug+cl", {"aug": {"weight": -1.0}}, "aug: weight -1.0 must be above 0"),
         ("lwc", {"lwc": {"rate": -0.2}}, "lwc.rate=-0.2 is not a rate: give a number that is not negative"),

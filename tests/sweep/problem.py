@@ -15,7 +15,8 @@ from makeweight.methods.grid.clip import Lwc
 from makeweight.numerics.scheme import Scheme
 from makeweight.sweep.block import Block
 from makeweight.sweep.chain import Chain, Steps
-from makeweight.sweep.fit import Fit, Judge
+from makeweight.sweep.fit import Fit
+from makeweight.sweep.judge import Judge
 from tests.tiny import tiny_model
 
 CPU = torch.device("cpu")

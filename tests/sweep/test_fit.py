@@ -16,7 +16,7 @@ from makeweight.methods.grid.clip import Lwc, Rtn
 from makeweight.methods.weight.sde import Sde
 from makeweight.sweep.chain import Chain
 from makeweight.sweep.descent import FINAL_RATE
-from makeweight.sweep.fit import Judge
+from makeweight.sweep.judge import Judge
 from tests.sweep.problem import Problem, problem
 
 CL = (1.0, 0.5)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from makeweight.numerics.flips import Curvature
 from makeweight.numerics.qtensor import QTensor
 from makeweight.numerics.scheme import Scheme
 
@@ -107,6 +108,9 @@ class BlockMap(Map):
 
 class Grid(Map):
     """The last map of a chain: weights to the values a grid can hold, in the forward's dtype."""
+
+    def take_curvature(self, find: Callable[[], Mapping[str, Curvature]]) -> None:
+        """Call `find`, before learning, where learning makes use of how the loss bends along the weights."""
 
     @abstractmethod
     def codes(self, state: State) -> dict[str, QTensor]:

@@ -17,4 +17,14 @@ def token_error(output_BTD: Tensor, target_BTD: Tensor) -> Tensor:
     """
     target = target_BTD.float()
     error_BT = (output_BTD.float() - target).square().sum(-1)
-    return (error_BT / target.square().sum(-1).clamp_min(1e-12)).mean()
+    return (error_BT / _energy(target)).mean()
+
+
+def bend_of_error(target_BTD: Tensor) -> Tensor:
+    """Return the second derivative of `token_error` along any entry of a token's output, shape (B, T, 1), fp32."""
+    energy_BT = _energy(target_BTD.float())
+    return (2 / (energy_BT * energy_BT.numel())).unsqueeze(-1)
+
+
+def _energy(target_BTD: Tensor) -> Tensor:
+    return target_BTD.square().sum(-1).clamp_min(1e-12)

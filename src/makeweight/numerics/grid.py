@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from makeweight.numerics.flips import Flips, flip_slopes
 from makeweight.numerics.scheme import Scheme
 
 
@@ -86,6 +87,7 @@ class _ClippedGrid(torch.autograd.Function):
         group: int,
         scale_dtype: torch.dtype,
         dtype: torch.dtype,
+        flips: Flips | None,
     ) -> Tensor:
         weight_OGS = grouped(weight_OI, group)
         low_OG, high_OG = ranges(weight_OGS)
@@ -93,7 +95,7 @@ class _ClippedGrid(torch.autograd.Function):
         codes_OGS = to_codes(weight_OGS, scale_OG, zero_OG, scheme, _like(offset_OI, weight_OGS))
         codes_OGS.sub_(zero_OG.unsqueeze(-1)).mul_(scale_OG.unsqueeze(-1))
         ctx.save_for_backward(weight_OI, low_factor_OG, high_factor_OG, offset_OI, low_OG, high_OG, scale_OG, zero_OG)
-        ctx.scheme, ctx.group = scheme, group
+        ctx.scheme, ctx.group, ctx.flips = scheme, group, flips
         return codes_OGS.flatten(1).to(dtype)
 
     @staticmethod
@@ -102,13 +104,17 @@ class _ClippedGrid(torch.autograd.Function):
         scheme: Scheme = ctx.scheme
         weight_OGS = grouped(weight_OI, ctx.group)
         grad_OGS = grouped(grads[0].to(weight_OI.dtype, copy=True), ctx.group)
-        slope_OGS, inside_OGS = scale_slope(weight_OGS, scale_OG, zero_OG, scheme, _like(offset_OI, weight_OGS))
-        grad_scale_OG = slope_OGS.mul_(grad_OGS).sum(-1)
+        if ctx.flips is not None:
+            grid = (scale_OG, zero_OG, scheme, _like(offset_OI, weight_OGS))
+            grad_scale_OG, grad_OGS = flip_slopes(grad_OGS, weight_OGS, *grid, ctx.flips)
+        else:
+            slope_OGS, inside_OGS = scale_slope(weight_OGS, scale_OG, zero_OG, scheme, _like(offset_OI, weight_OGS))
+            grad_scale_OG = slope_OGS.mul_(grad_OGS).sum(-1)
+            if ctx.needs_input_grad[0] or ctx.needs_input_grad[3]:
+                grad_OGS.mul_(inside_OGS)
         low_slope_OG, high_slope_OG = _range_slopes(low_OG * low_factor_OG, high_OG * high_factor_OG, scheme)
         grad_low_OG, grad_high_OG = low_slope_OG * grad_scale_OG, high_slope_OG * grad_scale_OG
         grad_weight = grad_offset = None
-        if ctx.needs_input_grad[0] or ctx.needs_input_grad[3]:
-            grad_OGS.mul_(inside_OGS)
         if ctx.needs_input_grad[3]:
             grad_offset = (grad_OGS * scale_OG.unsqueeze(-1)).flatten(1)
         if ctx.needs_input_grad[0]:
@@ -116,7 +122,7 @@ class _ClippedGrid(torch.autograd.Function):
             _pull(grad_OGS, low_OG.unsqueeze(-1) - weight_OGS, grad_low_OG * low_factor_OG)
             _pull(grad_OGS, weight_OGS - high_OG.unsqueeze(-1), grad_high_OG * high_factor_OG)
             grad_weight = grad_OGS.flatten(1)
-        return grad_weight, grad_low_OG * low_OG, grad_high_OG * high_OG, grad_offset, None, None, None, None
+        return grad_weight, grad_low_OG * low_OG, grad_high_OG * high_OG, grad_offset, None, None, None, None, None
 
 
 def _pull(grad_OGS: Tensor, gap_OGS: Tensor, pull_OG: Tensor) -> None:
@@ -167,6 +173,7 @@ def clipped_grid(
     offset_OI: Tensor | None = None,
     scale_dtype: torch.dtype,
     dtype: torch.dtype,
+    flips: Flips | None = None,
 ) -> Tensor:
     """Fake-quantize a matrix whose group ranges are shrunk by learned factors, shape (O, I) in `dtype`.
 
@@ -174,8 +181,10 @@ def clipped_grid(
     Rounding is straight-through, clipped weights get no gradient, the zero-point none; ranges follow the weight
     (OmniQuant, arXiv 2308.13137, section 3.2). The ends of the range that the zero-point is rounded from are
     treated as fixed, as OmniQuant does.
+
+    With `flips` the gradients are those of `flip_slopes`.
     """
     group = weight_OI.shape[1] // low_factor_OG.shape[1]
     return _ClippedGrid.apply(  # pyright: ignore[reportReturnType]
-        weight_OI, low_factor_OG, high_factor_OG, offset_OI, scheme, group, scale_dtype, dtype
+        weight_OI, low_factor_OG, high_factor_OG, offset_OI, scheme, group, scale_dtype, dtype, flips
     )

@@ -13,43 +13,15 @@ import torch
 from torch import Tensor
 
 from makeweight.errors import UserError
-from makeweight.numerics.errors import token_error
-from makeweight.sweep.block import Block
+from makeweight.numerics.flips import Curvature
 from makeweight.sweep.chain import Chain
+from makeweight.sweep.curvature import PROBES, curvature
 from makeweight.sweep.descent import Descent
+from makeweight.sweep.judge import Judge
 
 MAX_HALVINGS = 3
 AVERAGED = 0.25
 """The share of the steps, at the end, whose mean state is tried as well: small batches make states wander about it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Judge:
-    """The blocks a loss looks at and what each weighs: the block itself first, then those that follow.
-
-    Where `same_input` is not 0, the first block's output has one more target, after all others.
-    """
-
-    blocks: tuple[Block, ...]
-    weights: tuple[float, ...]
-    device: torch.device
-    same_input: float = 0.0
-
-    def errors(self, chain_weights: dict[str, Tensor], hidden_BTD: Tensor, targets: Sequence[Tensor]) -> list[Tensor]:
-        """Return the relative error after each judged block, and of the same input's, scalars in fp32."""
-        outputs = [self.blocks[0](hidden_BTD, chain_weights)]
-        for block in self.blocks[1:]:
-            outputs.append(block(outputs[-1]))
-        if self.same_input:
-            outputs.append(outputs[0])
-        pairs = zip(outputs, targets, strict=True)
-        return [token_error(output_BTD, target_BTD.to(self.device)) for output_BTD, target_BTD in pairs]
-
-    def loss(self, errors: Sequence[Tensor]) -> Tensor:
-        """Return the weighted mean of the errors."""
-        weights = (*self.weights, self.same_input) if self.same_input else self.weights
-        weighted = [w * e for w, e in zip(weights, errors, strict=True)]
-        return torch.stack(weighted).sum() / sum(weights)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +55,8 @@ class Fit:
         self.chain, self.judge, self.hidden, self.targets = chain, judge, hidden_NTD, targets
         self.steps, self.batch_size, self.tick = steps, batch_size, tick
         self.every = max(1, math.ceil(steps / max(1, checks)))
-        self.generator = torch.Generator().manual_seed((seed * 1_000_003 + judge.blocks[0].index) % 2**63)
+        self.seed = (seed * 1_000_003 + judge.blocks[0].index) % 2**63
+        self.generator = torch.Generator().manual_seed(self.seed)
         samples = hidden_NTD.shape[0]
         held = max(1, samples // 8) if samples > 1 else 0
         order = torch.randperm(samples, generator=self.generator)
@@ -96,6 +69,7 @@ class Fit:
         if not self.steps or not list(self.chain.learnables()):
             return FitReport(error_before=start, error_after=start, best_step=0, halvings=0)
         kept, best_step, rate, halvings, step = self._snapshot(), 0, 1.0, 0, 0
+        self.chain.quantizer.take_curvature(self._curvature)
         descent, mean = Descent(self.chain.learnables(), self.steps), _Mean()
         while step < self.steps:
             step += 1
@@ -141,6 +115,14 @@ class Fit:
         with torch.no_grad():
             self.chain.constrain()
         return True
+
+    def _curvature(self) -> dict[str, Curvature]:
+        """Return how the loss bends where learning begins, on some of the samples."""
+        count = min(len(self.train), PROBES * self.batch_size)
+        batches = self.train[:count].split(self.batch_size)  # in random order already
+        with torch.no_grad():
+            weights = self.chain()
+        return curvature(self.judge, weights, self.hidden, self.targets, batches, self.seed)
 
     @torch.no_grad()
     def _check(self) -> float:

@@ -20,8 +20,9 @@ from makeweight.numerics.qtensor import QTensor
 from makeweight.recipe import Tune
 from makeweight.sweep.block import Block
 from makeweight.sweep.chain import Chain, Frozen, Steps, split
-from makeweight.sweep.fit import Fit, Judge
+from makeweight.sweep.fit import Fit
 from makeweight.sweep.inputs import Moments
+from makeweight.sweep.judge import Judge
 from makeweight.sweep.sequential import round_in_order
 
 Tick = Callable[[], None]

@@ -10,7 +10,7 @@ Shapes: O out, I in, G groups per row.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from makeweight.methods.base import Context, Grid, GridStep, Learnables, State
+from makeweight.numerics.flips import Flips
 from makeweight.numerics.gptq import Ranges
 from makeweight.numerics.grid import clipped_grid, grouped, qparams, ranges, to_codes
 from makeweight.numerics.qtensor import QTensor
@@ -68,6 +69,11 @@ def held(codes_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor, context: Context) 
 class RangeGrid(GroupedGrid):
     """Quantize every matrix from its own group ranges, times the two factors of `factors`."""
 
+    def __init__(self, context: Context) -> None:
+        super().__init__(context)
+        self.flips: Mapping[str, Flips] = {}
+        """What a flip of each code costs, for a grid that learns by it."""
+
     def factors(self, name: str, weight_OI: Tensor) -> tuple[Tensor, Tensor]:
         """Return the factors of the low and the high end of each range, both (O, G)."""
         groups = weight_OI.shape[1] // self.context.scheme.group_of(weight_OI.shape[1], name)
@@ -77,7 +83,14 @@ class RangeGrid(GroupedGrid):
     def forward(self, state: State) -> State:  # noqa: D102
         scheme, given = self.context.scheme, {"scale_dtype": self.context.scale_dtype, "dtype": self.context.dtype}
         return {
-            name: clipped_grid(weight, *self.factors(name, weight), scheme, offset_OI=self.offset(name), **given)
+            name: clipped_grid(
+                weight,
+                *self.factors(name, weight),
+                scheme,
+                offset_OI=self.offset(name),
+                flips=self.flips.get(name),
+                **given,
+            )
             for name, weight in state.items()
         }
 

@@ -1,18 +1,25 @@
-"""Learned rounding (SignRound, AutoRound): an offset per weight chooses between the two nearest codes.
+"""Learned rounding: an offset per weight chooses between the two nearest codes.
 
 w_hat = scale * (clip(round(w / scale + v) + zero) - zero), with v and a factor for each end of every group's range
-learned by the sign of the gradient. A run's rates add up to half a step for `rate` 1, so that v can just reach the
-neighbouring code and no further. Ranges begin where they cost the weights least (mse): where codes are few, full ones
-are too wide for a run to shrink them as far. SDE below moves the weights under v: both are learned at once, v from
-where the moved weight lies.
-Source: arXiv 2309.05516 (SignRound); intel/auto-round for the ranges and the rate of 1 / steps. The start is ours.
+learned. Ranges begin where they cost the weights least (mse): where codes are few, full ones are too wide for a run to
+shrink them as far. SDE below moves the weights under v: both are learned at once, v from where the moved weight lies.
+
+autoround is SignRound: straight-through, by the sign of the gradient. A run's rates add up to half a step for `rate` 1,
+so that v can just reach the neighbouring code and no further.
+
+flipround asks what a flip costs (numerics/flips.py, sweep/curvature.py). What is left of the slope is what the other
+weights' errors ask of this one, and v rests where that is balanced: a code flips only where it pays, as in GPTQ, but
+with all linears of a block at once and by the block's real loss. At rest the size of a slope counts, not its sign,
+hence AdamW. It fits calibration text so well that it fits what is peculiar to it: damping holds it back.
+Sources: arXiv 2309.05516 (SignRound) and intel/auto-round for autoround; arXiv 1206.6464 for estimating curvature.
+The start, and flipround, are ours.
 
 Shapes: O out, I in, G groups per row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,6 +30,7 @@ from makeweight.errors import UserError
 from makeweight.methods.base import Context, Grid, GridStep, Learnables, State
 from makeweight.methods.grid.clip import RangeGrid
 from makeweight.methods.grid.search import Start, check_start, first_ranges
+from makeweight.numerics.flips import Curvature, Flips
 
 REACH = 0.5
 
@@ -48,9 +56,14 @@ class RoundingGrid(RangeGrid):
     def offset(self, name: str) -> Tensor:  # noqa: D102
         return self.offsets[self.names[name]]
 
+    def take_curvature(self, find: Callable[[], Mapping[str, Curvature]]) -> None:  # noqa: D102
+        step = self.step
+        if step.own or step.damp:
+            self.flips = {name: Flips(found, step.own, step.damp) for name, found in find().items()}
+
     def learnables(self) -> Iterator[Learnables]:  # noqa: D102
         params = (*self.offsets.values(), *self.low.values(), *self.high.values())
-        yield Learnables("autoround", params, self.step.rate, 1 / max(1, self.context.steps), self.step.descent)
+        yield Learnables("rounding", params, self.step.rate, 1 / max(1, self.context.steps), self.step.descent)
 
     def constrain(self) -> None:  # noqa: D102
         for offset_OI in self.offsets.values():
@@ -65,16 +78,22 @@ class Rounding(GridStep):
 
     `start` is where ranges begin: `mse` at the least error of the weights, `range` at their full width, as in SignRound
     and auto-round. `descent` is `sign`, or `adam` for AdamW, whose moments take two more numbers for every weight.
+    `own` is the share of a weight's own pull that is taken out: 0 is straight-through, 1 all of it. `damp` adds that
+    share of the curvature to what moving a weight from where it was costs.
     """
 
     rate: float = 1.0
     start: Start = "mse"
     descent: Literal["adam", "sign"] = "sign"
+    own: float = 0.0
+    damp: float = 0.0
 
     def __post_init__(self) -> None:
-        check_start("autoround", self.start)
+        check_start("learned rounding", self.start)
         if self.descent not in ("adam", "sign"):
-            raise UserError(f"autoround: descent {self.descent!r} is unknown: choose adam or sign.")
+            raise UserError(f"learned rounding: descent {self.descent!r} is unknown: choose adam or sign.")
+        if not (0 <= self.own <= 1 and self.damp >= 0):
+            raise UserError(f"learned rounding: own {self.own} must lie between 0 and 1, damp {self.damp} not below 0.")
 
     @property
     def weight_bytes(self) -> int:  # noqa: D102
