@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from makeweight import pipeline
 from makeweight.errors import UserError
 from makeweight.export.folder import MARKER, Folder
 from makeweight.numerics.scheme import Scheme
 from makeweight.pipeline import preflight, quantize
-from makeweight.recipe import Eval, Recipe, Tune
+from makeweight.recipe import Calib, Eval, Recipe, Tune
 from makeweight.report.record import Record
 from makeweight.sweep.run import Sweep
 from tests.runs import a_text, files, same_bits, small, tensors
@@ -132,6 +132,20 @@ def test_killed_twice_with_some_blocks_left_out(method: str, llama: Path, text: 
     assert solved(recipe) == [2]
     quantize(replace(recipe, out=str(tmp_path / "straight")))
     the_same(tmp_path / "out", tmp_path / "straight")
+
+
+def test_killed_after_the_model_has_written(llama: Path, text: Path, tmp_path: Path) -> None:
+    calib = Calib(dataset=str(text), nsamples=4, seqlen=24, written=3)
+    recipe = unmeasured(llama, tmp_path / "out", text, method="lwc+e2e", calib=calib)
+    interrupted(recipe, Sweep, "solve", lambda _, index, *rest: index == 2)
+    kept = load_file(tmp_path / "out" / pipeline.WRITTEN)["tokens"]
+    assert kept.shape == (3, 24)
+    quantize(recipe)
+    quantize(replace(recipe, out=str(tmp_path / "straight")))
+    the_same(tmp_path / "out", tmp_path / "straight")
+    assert not list(tmp_path.glob("*/*.scratch*"))
+    given = quantize(replace(recipe, out=str(tmp_path / "given"), calib=replace(calib, written=0)))
+    assert given.digest != Record.load(tmp_path / "out").digest
 
 
 def test_killed_with_codes_of_eight_bits(llama: Path, text: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from makeweight.calib.written import writing_bytes
 from makeweight.errors import UserError
 from makeweight.evals import perplexity
 from makeweight.methods.base import FinetuneStep
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 EFFICIENCY = 0.5
 """Share of the matrix-product rate that learning reaches (benchmarks/step.py)."""
+WRITING = 0.2
+"""Share of that at which a model writes, token by token."""
 BASE_BYTES = 700e6
 """Python, torch and transformers."""
 DENSE = "dense"
@@ -77,6 +80,9 @@ def estimate(
     if plan.calibrates:
         memory = max(memory, outside + _learning(plan, recipe, ckpt, largest))
         rate = matmul_rate(device) * EFFICIENCY
+        if recipe.calib.written:
+            memory = max(memory, outside + writing_bytes(ckpt, recipe.calib.seqlen))
+            seconds += _writing_work(recipe, ckpt, shapes) / rate / WRITING
         seconds += sum(_block_work(plan, recipe, ckpt, shapes[index]) for index in blocks) / rate
         if plan.finetune is not None:
             memory = max(memory, outside + _finetuning(plan.finetune, recipe, ckpt, shapes, blocks))
@@ -144,7 +150,7 @@ def _learning(plan: Plan, recipe: Recipe, ckpt: Checkpoint, shapes: Sequence[tup
     weights = sum(math.prod(shape) for shape in shapes)
     ahead = len(plan.loss.weights()) - 1
     size = _forward_bytes(recipe)
-    streams = (3 + ahead + (plan.target is not None)) * calib.nsamples * calib.seqlen * config.hidden_size * size
+    streams = (3 + ahead + (plan.target is not None)) * calib.samples * calib.seqlen * config.hidden_size * size
     factors = sum((rows + columns) * min(rows, columns) for rows, columns in shapes) * size
     chain = weights * (4 * 6 + plan.weight_bytes) + (0 if plan.band is None else factors)
     reads = any(step.reads_inputs for step in (*plan.exact, plan.grid))
@@ -180,7 +186,7 @@ def _finetuning(
         weights = sum(math.prod(shape) for shape in found)
         group = recipe.scheme.group_size if recipe.scheme.group_size > 0 else found[0][1]
         memory += weights * (1 + 24 / group + step.weight_bytes) if index in blocks else size * weights
-    memory += 2 * calib.nsamples * calib.seqlen * config.hidden_size * size
+    memory += 2 * calib.samples * calib.seqlen * config.hidden_size * size
     states = step.batch_size * calib.seqlen * config.hidden_size * size
     if step.recompute:
         memory += len(shapes) * states + _activations(ckpt, step.batch_size, calib.seqlen, size)
@@ -221,12 +227,19 @@ def _evaluation_seconds(
     return (blocks / matmul_rate(device) + head / matmul_rate(device, dtype=torch.float32)) / EFFICIENCY
 
 
+def _writing_work(recipe: Recipe, ckpt: Checkpoint, shapes: dict[int, list[tuple[int, int]]]) -> float:
+    """Return operations of the model's forward pass over the text it writes, and of its head."""
+    config, calib = ckpt.config.get_text_config(), recipe.calib
+    blocks = sum(block_flops(found, config.hidden_size, calib.written, calib.seqlen) for found in shapes.values()) / 3
+    return blocks + 2 * calib.written * calib.seqlen * config.hidden_size * config.vocab_size
+
+
 def _block_work(plan: Plan, recipe: Recipe, ckpt: Checkpoint, shapes: Sequence[tuple[int, int]]) -> float:
     """Return operations of one block: its steps, and the two streams' forward passes."""
     hidden, calib, tune = ckpt.config.get_text_config().hidden_size, recipe.calib, recipe.tune
     ahead = len(plan.loss.weights()) - 1
-    passes = (2 + (plan.target is not None)) / 3 * block_flops(shapes, hidden, calib.nsamples, calib.seqlen)
-    tokens = calib.nsamples * calib.seqlen
+    passes = (2 + (plan.target is not None)) / 3 * block_flops(shapes, hidden, calib.samples, calib.seqlen)
+    tokens = calib.samples * calib.seqlen
     if plan.rounding is not None:
         # A pass and the products of inputs per group of linears, of which blocks have about four; then the feedback.
         passes *= 3
@@ -234,7 +247,7 @@ def _block_work(plan: Plan, recipe: Recipe, ckpt: Checkpoint, shapes: Sequence[t
     for step in (*plan.exact, plan.grid):
         if step.reads_inputs:
             # A pass with the products of inputs, then about twenty candidates against them.
-            passes += block_flops(shapes, hidden, calib.nsamples, calib.seqlen) / 3
+            passes += block_flops(shapes, hidden, calib.samples, calib.seqlen) / 3
             passes += sum(2 * tokens * columns**2 + 40 * rows * columns**2 for rows, columns in shapes)
     if not plan.learns:
         return passes

@@ -15,6 +15,7 @@ import torch
 from makeweight import __version__
 from makeweight.calib.capture import find_device
 from makeweight.calib.data import calibration_tokens, evaluation_texts
+from makeweight.calib.written import written_tokens
 from makeweight.errors import UserError
 from makeweight.estimate import Estimate, estimate
 from makeweight.export import compressed_tensors, manifest
@@ -37,8 +38,8 @@ from makeweight.sweep.chain import Steps
 from makeweight.sweep.finetune import Finetune
 from makeweight.sweep.run import Committed, Solver, Sweep
 
-STATE, LEARNED = "finetune-state.scratch", "finetuned.scratch"
-"""How far learning of the whole network has come, and what it ended as."""
+STATE, LEARNED, WRITTEN = "finetune-state.scratch", "finetuned.scratch", "written.scratch"
+"""How far learning of the whole network has come, what it ended as, and text that the model wrote."""
 
 
 def quantize(recipe: Recipe) -> Record:
@@ -175,7 +176,7 @@ class Job:
         solver, store = self.solver(), self.store(folder)
         sweep = None
         if self.tokens_NT is not None and any(folder.report(i + 1) is None for i in self.blocks):
-            sweep = Sweep(self.ckpt, solver, self.tokens_NT, self.device)
+            sweep = Sweep(self.ckpt, solver, self.samples(folder, self.tokens_NT), self.device)
         steps = self.recipe.tune.steps if sweep and self.plan.learns else 0
         with progress.bars(self.ckpt.n_blocks, steps) as bars:
             for index in range(self.ckpt.n_blocks):
@@ -191,6 +192,17 @@ class Job:
                 else:
                     store.commit(index, sweep.solve(index, bars.step) if sweep else self._round(solver, index))
                 bars.block()
+
+    def samples(self, folder: Folder, tokens_NT: torch.Tensor) -> torch.Tensor:
+        """Return the calibration samples and those that the model writes itself, which it does once."""
+        if not (count := self.recipe.calib.written):
+            return tokens_NT
+        if (kept := folder.scratch(WRITTEN)) is None:
+            with progress.bar("writing text") as tick:
+                given = {"device": self.device, "seed": self.recipe.seed, "tick": tick}
+                kept = {"tokens": written_tokens(self.ckpt, tokens_NT, count, **given)}
+            folder.set_aside(WRITTEN, kept)
+        return torch.cat([tokens_NT, kept["tokens"]])
 
     def _round(self, solver: Solver, index: int) -> Committed:
         """Solve a block with nothing to learn."""
@@ -210,9 +222,8 @@ class Job:
         if (learned := folder.scratch(LEARNED)) is None:
             solved, context = {index: store.mapped(index) for index in self.blocks}, self.solver().context
             release_freed_memory()
-            tuner = Finetune(
-                self.ckpt, step, solved, self.tokens_NT, context, device=self.device, seed=self.recipe.seed
-            )
+            samples_NT, given = self.samples(folder, self.tokens_NT), {"device": self.device, "seed": self.recipe.seed}
+            tuner = Finetune(self.ckpt, step, solved, samples_NT, context, **given)
             if (state := folder.scratch(STATE)) is not None:
                 tuner.restore(state)
             with progress.bar("learning the whole network") as tick:
@@ -221,9 +232,8 @@ class Job:
             folder.set_aside(LEARNED, learned)
         for index in self.blocks:
             store.refine(index, learned)
-        before, after, best_step = learned["report"].tolist()
-        seconds = time.perf_counter() - start
-        folder.finish_tuning({"before": before, "after": after, "best_step": best_step, "seconds": seconds})
+        report = dict(zip(("before", "after", "best_step"), learned["report"].tolist(), strict=True))
+        folder.finish_tuning({**report, "seconds": time.perf_counter() - start})
 
     def config(self) -> dict[str, Any]:
         """Return config.json: the model's own, with the quantization described."""

@@ -23,16 +23,26 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class Calib:
-    """The text the blocks are fitted to: `nsamples` sequences of `seqlen` tokens from `dataset`."""
+    """The text the blocks are fitted to: `nsamples` sequences of `seqlen` tokens from `dataset`.
+
+    `written` is how many more the model writes itself.
+    """
 
     dataset: str = "pile-10k"
     nsamples: int = 128
     seqlen: int = 2048
+    written: int = 0
 
     def __post_init__(self) -> None:
         _text("calib.dataset", self.dataset)
         _whole("calib.nsamples", self.nsamples, least=1)
         _whole("calib.seqlen", self.seqlen, least=2)
+        _whole("calib.written", self.written, least=0)
+
+    @property
+    def samples(self) -> int:
+        """All sequences."""
+        return self.nsamples + self.written
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,94 @@
+"""Calibration text that the model writes itself: more samples of what it knows, where those given are few.
+
+Half of the pieces go on from where a given sample begins, so that they stay near its domain; half begin at a random
+token, so that words which the given samples lack are met as well. Tokens are drawn from the model's own predictions,
+unchanged. The whole model is in memory while it writes, unlike anywhere else.
+Source: arXiv 2305.17888 (LLM-QAT, section 3.1) for text that begins at a random token.
+
+Shapes: N samples, T tokens, P pieces, L tokens of a piece, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from makeweight.calib.capture import place
+from makeweight.models.checkpoint import Checkpoint
+
+PIECE = 256
+"""Tokens of a piece: long texts of small models repeat themselves, and every step reads all that came before."""
+PROMPT = 32
+"""Tokens of a given sample that a piece goes on from."""
+TOGETHER = 128
+"""Pieces that are written at once."""
+
+Tick = Callable[[int, int], None]
+
+
+@torch.no_grad()
+def written_tokens(
+    ckpt: Checkpoint, given_NT: Tensor, count: int, *, device: torch.device, seed: int, tick: Tick | None = None
+) -> Tensor:
+    """Return `count` samples as long as those given, int64 (count, T); the same seed gives the same on a machine."""
+    model = ckpt.skeleton()
+    for index in range(ckpt.n_blocks):
+        ckpt.load_block(model, index)
+    place(model, device, ckpt.dtype)
+    generator = torch.Generator().manual_seed(seed)
+    length = min(PIECE, given_NT.shape[1])
+    words = _words(ckpt)
+    starts = _starts(given_NT, words, -(-count * given_NT.shape[1] // length), min(PROMPT, length), generator)
+    parts = [part for rows in starts for part in rows.split(TOGETHER)]
+    done = []
+    for number, start in enumerate(parts):
+        done.append(_continue(model, start.to(device), length, generator).cpu())
+        if tick is not None:
+            tick(number + 1, len(parts))
+    pieces_PL = torch.cat(done)
+    mixed = pieces_PL[torch.randperm(len(pieces_PL), generator=generator)]
+    return mixed.flatten()[: count * given_NT.shape[1]].view(count, -1)
+
+
+def writing_bytes(ckpt: Checkpoint, seqlen: int) -> float:
+    """Return bytes of all blocks, of keys and values of pieces written together (twice, as they grow), of logits."""
+    config = ckpt.config.get_text_config()
+    inside = f"{ckpt.spec.blocks}."
+    weights = sum(math.prod(shape) for name, shape in ckpt.parameters().items() if name.startswith(inside))
+    heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", 1)
+    wide = getattr(config, "head_dim", None) or config.hidden_size // getattr(config, "num_attention_heads", 1)
+    cache = 2 * 2 * ckpt.n_blocks * TOGETHER * min(PIECE, seqlen) * heads * wide
+    return (weights + cache) * ckpt.dtype.itemsize + 3 * 4 * TOGETHER * config.vocab_size
+
+
+def _words(ckpt: Checkpoint) -> Tensor:
+    """Return the tokens that stand for text."""
+    tokenizer = ckpt.tokenizer()
+    known = torch.arange(min(len(tokenizer), ckpt.config.get_text_config().vocab_size))
+    return known[~torch.isin(known, torch.tensor(tokenizer.all_special_ids, dtype=known.dtype))]
+
+
+def _starts(
+    given_NT: Tensor, words: Tensor, pieces: int, prompt: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Return what pieces begin with: the first tokens of samples, and single tokens of the whole vocabulary."""
+    chosen = torch.arange(pieces // 2) % len(given_NT)
+    drawn = torch.randint(len(words), (pieces - len(chosen), 1), generator=generator)
+    return given_NT[chosen, :prompt], words[drawn]
+
+
+def _continue(model: torch.nn.Module, start_PL: Tensor, length: int, generator: torch.Generator) -> Tensor:
+    """Draw tokens until pieces are `length` long, int64 (P, L)."""
+    found, past, step_PL = [start_PL], None, start_PL
+    last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    for _ in range(length - start_PL.shape[1]):
+        answer = model(input_ids=step_PL, past_key_values=past, use_cache=True, **last_only)
+        past = answer.past_key_values
+        chances_PV = answer.logits[:, -1].float().softmax(-1)
+        step_PL = torch.multinomial(chances_PV.cpu(), 1, generator=generator).to(start_PL.device)
+        found.append(step_PL)
+    return torch.cat(found, 1)
