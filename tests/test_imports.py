@@ -29,7 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "effort": BASE | {"recipe"},
     "options": BASE | {"recipe", "effort"},
     "plan": BASE | {"recipe", "models", "calib", "methods"},
-    "estimate": BASE | {"recipe", "models", "methods", "sweep", "plan", "evals"},
+    "estimate": BASE | {"recipe", "models", "calib", "methods", "sweep", "plan", "evals"},
     "export": LEAF,
     "evals": LEAF,
     "report": LEAF | {"", "evals"},

@@ -17,6 +17,7 @@ OURS: dict[str, dict[str, Any]] = {
             "method": effort.method,
             "tune": {"steps": effort.steps, "batch_size": effort.batch_size},
             "options": dict(effort.options),
+            "calib": {"written": effort.written},
         }
         for name, effort in EFFORTS.items()
     },
@@ -48,6 +49,8 @@ class Run:
             if "e2e" in short["method"].split("+"):
                 given = short.get("options", {})
                 short["options"] = {**given, "e2e": {**given.get("e2e", {}), "steps": 2}}
+            if written := short.get("calib", {}).get("written"):
+                short["calib"] = {"written": min(2, written)}
             return short
         return {**self.options, **({"iters": 2} if "iters" in self.options else {})}
 
@@ -88,7 +91,8 @@ def note_on(name: str) -> str:
 
     last = compose(effort.method, options=effort.options).finetune
     then = "" if last is None else f", then {last.steps} of {last.batch_size} for the whole network"
-    return f"`{effort.method}`, {effort.steps} steps of {effort.batch_size} samples for each block{then}"
+    more = f", on {effort.written} more samples that the model wrote itself" if effort.written else ""
+    return f"`{effort.method}`, {effort.steps} steps of {effort.batch_size} samples for each block{then}{more}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,28 +9,31 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from makeweight.errors import UserError, did_you_mean
-from makeweight.recipe import Option, Recipe, Tune
+from makeweight.recipe import Calib, Option, Recipe, Tune
 
 
 @dataclass(frozen=True, kw_only=True)
 class Effort:
-    """A method with its settings, and its steps per block."""
+    """A method with its settings, its steps per block, and how many calibration samples the model writes itself."""
 
     method: str
     steps: int
     batch_size: int
     options: Mapping[str, Mapping[str, Option]] = field(default_factory=dict)
+    written: int = 0
 
 
 EFFORTS: dict[str, Effort] = {
-    "light": Effort(method="autoround+e2e", steps=40, batch_size=4, options={"e2e": {"steps": 15}}),
+    "light": Effort(method="flipround+e2e", steps=40, batch_size=4, options={"e2e": {"steps": 15}}),
     "default": Effort(method=Recipe.method, steps=Tune.steps, batch_size=Tune.batch_size),
-    "best": Effort(method="autoround+cl+e2e", steps=400, batch_size=4, options={"e2e": {"steps": 200}}),
+    "best": Effort(
+        method="flipround+cl+e2e", steps=400, batch_size=4, options={"e2e": {"steps": 200}}, written=Calib.nsamples
+    ),
 }
 
 
 def with_effort(recipe: Recipe, name: str) -> Recipe:
-    """Return a recipe with the method, the steps and the settings of an effort; all else stays as it is.
+    """Return a recipe with the method, the steps, the settings and the written samples of an effort; all else stays.
 
     `name` is `light`, `default` or `best`; raises UserError for any other.
     """
@@ -38,4 +41,5 @@ def with_effort(recipe: Recipe, name: str) -> Recipe:
         raise UserError(f"effort {name!r} is unknown{did_you_mean(name, EFFORTS)}: choose light, default or best.")
     chosen = EFFORTS[name]
     tune = replace(recipe.tune, steps=chosen.steps, batch_size=chosen.batch_size, rates={})
-    return replace(recipe, method=chosen.method, tune=tune, options=chosen.options)
+    calib = replace(recipe.calib, written=chosen.written)
+    return replace(recipe, method=chosen.method, tune=tune, options=chosen.options, calib=calib)

@@ -81,7 +81,7 @@ def estimate(
         memory = max(memory, outside + _learning(plan, recipe, ckpt, largest))
         rate = matmul_rate(device) * EFFICIENCY
         if recipe.calib.written:
-            memory = max(memory, outside + writing_bytes(ckpt, recipe.calib.seqlen))
+            memory = max(memory, outside + writing_bytes(ckpt, recipe.calib.seqlen, _forward_bytes(recipe)))
             seconds += _writing_work(recipe, ckpt, shapes) / rate / WRITING
         seconds += sum(_block_work(plan, recipe, ckpt, shapes[index]) for index in blocks) / rate
         if plan.finetune is not None:

@@ -32,7 +32,7 @@ from makeweight.plan import Plan, check, compose
 from makeweight.recipe import Recipe
 from makeweight.report import progress
 from makeweight.report.measure import measure
-from makeweight.report.record import FILE, Cost, Record, machine, recipe_data
+from makeweight.report.record import FILE, Cost, Record, machine, recipe_data, totals
 from makeweight.store import Store
 from makeweight.sweep.chain import Steps
 from makeweight.sweep.finetune import Finetune
@@ -199,8 +199,8 @@ class Job:
             return tokens_NT
         if (kept := folder.scratch(WRITTEN)) is None:
             with progress.bar("writing text") as tick:
-                given = {"device": self.device, "seed": self.recipe.seed, "tick": tick}
-                kept = {"tokens": written_tokens(self.ckpt, tokens_NT, count, **given)}
+                given = {"dtype": getattr(torch, self.recipe.tune.dtype), "device": self.device, "tick": tick}
+                kept = {"tokens": written_tokens(self.ckpt, tokens_NT, count, seed=self.recipe.seed, **given)}
             folder.set_aside(WRITTEN, kept)
         return torch.cat([tokens_NT, kept["tokens"]])
 
@@ -274,14 +274,12 @@ class Job:
         perplexities = measure(recipe, str(folder.path), "evaluating the result")
         baselines = measure(recipe, str(self.ckpt.path), "evaluating the original") if recipe.eval.baseline else ()
         reports = tuple({"block": i, **(folder.report(i + 1) or {})} for i in self.blocks)
-        digest = hashlib.sha256(json.dumps([r["digest"] for r in reports], sort_keys=True).encode()).hexdigest()
-        sizes = [size for report in reports for size in report["bits"].values()]
-        weights = sum(count for _, count in sizes)
+        digest, bits_per_weight = totals(reports)
         record = Record(
             recipe=recipe_data(recipe),
             path=str(folder.path),
             digest=digest,
-            bits_per_weight=sum(bits * count for bits, count in sizes) / weights,
+            bits_per_weight=bits_per_weight,
             file_bytes=folder.size(),
             source_bytes=self.ckpt.stored_bytes(),
             perplexities=perplexities,

@@ -47,15 +47,15 @@ def test_tokens_are_drawn_from_the_models_own_predictions(tmp_path: Path, monkey
     """A model so sure of itself that there is nothing to draw writes what is most likely, token by token."""
     monkeypatch.setattr(written, "PROMPT", 5)
     folder = tiny_folder("llama", tmp_path / "model")
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
         model.lm_head.weight.mul_(1e4)
     model.save_pretrained(folder)
-    pieces = written_tokens(open_checkpoint(str(folder)), given(), 4, device=CPU, seed=0)
+    pieces = written_tokens(open_checkpoint(str(folder)), given(), 4, dtype=torch.float32, device=CPU, seed=0)
     with torch.no_grad():
         likely = model(input_ids=pieces).logits.argmax(-1)
     same = (likely[:, 4:-1] == pieces[:, 5:])[:2]  # those that go on from a sample
-    assert same.float().mean() > 0.9  # all but near ties, in a dtype of three digits
+    assert same.float().mean() > 0.9  # all but near ties
 
 
 def test_long_samples_are_made_of_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,12 @@ def recipe(job: dict[str, Any]) -> Recipe:
         "model": job["model"],
         "out": str(Path(job["out"]) / "solved"),
         "scheme": {"bits": job["bits"], "group_size": job["group_size"]},
-        "calib": {"dataset": job["text"], "nsamples": job["nsamples"], "seqlen": job["seqlen"]},
+        "calib": {
+            **options.pop("calib", {}),
+            "dataset": job["text"],
+            "nsamples": job["nsamples"],
+            "seqlen": job["seqlen"],
+        },
         "tune": {"device": "cpu", **options.pop("tune", {})},
         "eval": {"datasets": []},
         "seed": job["seed"],

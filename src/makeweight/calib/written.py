@@ -19,6 +19,7 @@ from torch import Tensor
 
 from makeweight.calib.capture import place
 from makeweight.models.checkpoint import Checkpoint
+from makeweight.numerics.memory import release_freed_memory
 
 PIECE = 256
 """Tokens of a piece: long texts of small models repeat themselves, and every step reads all that came before."""
@@ -32,13 +33,20 @@ Tick = Callable[[int, int], None]
 
 @torch.no_grad()
 def written_tokens(
-    ckpt: Checkpoint, given_NT: Tensor, count: int, *, device: torch.device, seed: int, tick: Tick | None = None
+    ckpt: Checkpoint,
+    given_NT: Tensor,
+    count: int,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device,
+    seed: int,
+    tick: Tick | None = None,
 ) -> Tensor:
     """Return `count` samples as long as those given, int64 (count, T); the same seed gives the same on a machine."""
     model = ckpt.skeleton()
     for index in range(ckpt.n_blocks):
         ckpt.load_block(model, index)
-    place(model, device, ckpt.dtype)
+    place(model, device, dtype)
     generator = torch.Generator().manual_seed(seed)
     length = min(PIECE, given_NT.shape[1])
     words = _words(ckpt)
@@ -49,20 +57,25 @@ def written_tokens(
         done.append(_continue(model, start.to(device), length, generator).cpu())
         if tick is not None:
             tick(number + 1, len(parts))
+    del model
+    release_freed_memory()
     pieces_PL = torch.cat(done)
     mixed = pieces_PL[torch.randperm(len(pieces_PL), generator=generator)]
     return mixed.flatten()[: count * given_NT.shape[1]].view(count, -1)
 
 
-def writing_bytes(ckpt: Checkpoint, seqlen: int) -> float:
-    """Return bytes of all blocks, of keys and values of pieces written together (twice, as they grow), of logits."""
+def writing_bytes(ckpt: Checkpoint, seqlen: int, size: int = 2) -> float:
+    """Return bytes of all blocks, of keys and values of pieces written together (twice, as they grow), of logits.
+
+    `size` is the bytes of a number of the forward pass.
+    """
     config = ckpt.config.get_text_config()
     inside = f"{ckpt.spec.blocks}."
     weights = sum(math.prod(shape) for name, shape in ckpt.parameters().items() if name.startswith(inside))
     heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", 1)
     wide = getattr(config, "head_dim", None) or config.hidden_size // getattr(config, "num_attention_heads", 1)
     cache = 2 * 2 * ckpt.n_blocks * TOGETHER * min(PIECE, seqlen) * heads * wide
-    return (weights + cache) * ckpt.dtype.itemsize + 3 * 4 * TOGETHER * config.vocab_size
+    return (weights + cache) * size + 3 * 4 * TOGETHER * config.vocab_size
 
 
 def _words(ckpt: Checkpoint) -> Tensor:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -104,3 +105,10 @@ def machine(device: torch.device) -> dict[str, str]:
 def recipe_data(recipe: Recipe) -> dict[str, Any]:
     """Return a recipe as plain data."""
     return json.loads(recipe.to_json())
+
+
+def totals(reports: Sequence[Mapping[str, Any]]) -> tuple[str, float]:
+    """Return one digest of the codes of all blocks, and the mean bits of their weights."""
+    digest = hashlib.sha256(json.dumps([report["digest"] for report in reports], sort_keys=True).encode()).hexdigest()
+    sizes = [size for report in reports for size in report["bits"].values()]
+    return digest, sum(bits * count for bits, count in sizes) / sum(count for _, count in sizes)
