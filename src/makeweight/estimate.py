@@ -20,6 +20,7 @@ from makeweight.numerics.attention import kept_bytes
 from makeweight.numerics.flops import block_flops, matmul_rate, step_flops
 from makeweight.plan import Plan
 from makeweight.recipe import Recipe
+from makeweight.sweep.curvature import PROBES
 from makeweight.sweep.finetune import LOGIT_BYTES
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def estimate(
         memory = max(memory, outside + _learning(plan, recipe, ckpt, largest))
         rate = matmul_rate(device) * EFFICIENCY
         if recipe.calib.written:
-            memory = max(memory, outside + writing_bytes(ckpt, recipe.calib.seqlen, _forward_bytes(recipe)))
+            memory = max(memory, outside + writing_bytes(ckpt, recipe.calib.seqlen))
             seconds += _writing_work(recipe, ckpt, shapes) / rate / WRITING
         seconds += sum(_block_work(plan, recipe, ckpt, shapes[index]) for index in blocks) / rate
         if plan.finetune is not None:
@@ -251,4 +252,5 @@ def _block_work(plan: Plan, recipe: Recipe, ckpt: Checkpoint, shapes: Sequence[t
             passes += sum(2 * tokens * columns**2 + 40 * rows * columns**2 for rows, columns in shapes)
     if not plan.learns:
         return passes
-    return passes + tune.steps * step_flops(shapes, hidden, tune.batch_size, calib.seqlen, ahead=ahead, band=plan.band)
+    steps = tune.steps + (PROBES if plan.grid.by_flips else 0)
+    return passes + steps * step_flops(shapes, hidden, tune.batch_size, calib.seqlen, ahead=ahead, band=plan.band)

@@ -32,7 +32,7 @@ from makeweight.plan import Plan, check, compose
 from makeweight.recipe import Recipe
 from makeweight.report import progress
 from makeweight.report.measure import measure
-from makeweight.report.record import FILE, Cost, Record, machine, recipe_data, totals
+from makeweight.report.record import FILE, Cost, Record, machine, recipe_data, seconds_of, totals
 from makeweight.store import Store
 from makeweight.sweep.chain import Steps
 from makeweight.sweep.finetune import Finetune
@@ -171,14 +171,14 @@ class Job:
 
     def solve(self, folder: Folder) -> None:
         """Write every shard that is missing."""
-        if folder.report(0) is None:
-            folder.write(0, dict(self.ckpt.rest()), {})
         solver, store = self.solver(), self.store(folder)
-        sweep = None
+        sweep, seconds = None, 0.0
         if self.tokens_NT is not None and any(folder.report(i + 1) is None for i in self.blocks):
-            sweep = Sweep(self.ckpt, solver, self.samples(folder, self.tokens_NT), self.device)
-        steps = self.recipe.tune.steps if sweep and self.plan.learns else 0
-        with progress.bars(self.ckpt.n_blocks, steps) as bars:
+            samples_NT, seconds = self.samples(folder, self.tokens_NT)
+            sweep = Sweep(self.ckpt, solver, samples_NT, self.device)
+        if folder.report(0) is None:
+            folder.write(0, dict(self.ckpt.rest()), {"seconds": seconds})
+        with progress.bars(self.ckpt.n_blocks, self.recipe.tune.steps if sweep and self.plan.learns else 0) as bars:
             for index in range(self.ckpt.n_blocks):
                 done = folder.report(index + 1) is not None
                 if index not in self.blocks:
@@ -193,16 +193,17 @@ class Job:
                     store.commit(index, sweep.solve(index, bars.step) if sweep else self._round(solver, index))
                 bars.block()
 
-    def samples(self, folder: Folder, tokens_NT: torch.Tensor) -> torch.Tensor:
-        """Return the calibration samples and those that the model writes itself, which it does once."""
+    def samples(self, folder: Folder, tokens_NT: torch.Tensor) -> tuple[torch.Tensor, float]:
+        """Return the calibration samples with those that the model writes itself, once, and the seconds of writing."""
         if not (count := self.recipe.calib.written):
-            return tokens_NT
+            return tokens_NT, 0.0
         if (kept := folder.scratch(WRITTEN)) is None:
+            start, seed = time.perf_counter(), self.recipe.seed
             with progress.bar("writing text") as tick:
-                given = {"dtype": getattr(torch, self.recipe.tune.dtype), "device": self.device, "tick": tick}
-                kept = {"tokens": written_tokens(self.ckpt, tokens_NT, count, seed=self.recipe.seed, **given)}
+                kept = {"tokens": written_tokens(self.ckpt, tokens_NT, count, device=self.device, seed=seed, tick=tick)}
+            kept["seconds"] = torch.tensor([time.perf_counter() - start])
             folder.set_aside(WRITTEN, kept)
-        return torch.cat([tokens_NT, kept["tokens"]])
+        return torch.cat([tokens_NT, kept["tokens"]]), kept["seconds"].item()
 
     def _round(self, solver: Solver, index: int) -> Committed:
         """Solve a block with nothing to learn."""
@@ -222,8 +223,8 @@ class Job:
         if (learned := folder.scratch(LEARNED)) is None:
             solved, context = {index: store.mapped(index) for index in self.blocks}, self.solver().context
             release_freed_memory()
-            samples_NT, given = self.samples(folder, self.tokens_NT), {"device": self.device, "seed": self.recipe.seed}
-            tuner = Finetune(self.ckpt, step, solved, samples_NT, context, **given)
+            samples_NT, _ = self.samples(folder, self.tokens_NT)
+            tuner = Finetune(self.ckpt, step, solved, samples_NT, context, device=self.device, seed=self.recipe.seed)
             if (state := folder.scratch(STATE)) is not None:
                 tuner.restore(state)
             with progress.bar("learning the whole network") as tick:
@@ -288,7 +289,7 @@ class Job:
             finetune=folder.finetuned or {},
             machine=machine(self.device),
             cost=Cost(
-                solve_seconds=sum(report["seconds"] for report in (*reports, folder.finetuned or {"seconds": 0.0})),
+                solve_seconds=seconds_of(folder.report(0), *reports, folder.finetuned),
                 evaluate_seconds=time.perf_counter() - start,
                 peak_memory_bytes=peak_memory(),
                 peak_gpu_bytes=torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0,

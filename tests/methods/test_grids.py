@@ -215,5 +215,5 @@ def test_grids_and_error_feedback_compose_or_are_refused() -> None:
     for name in ROUNDED:
         assert compose(f"gptq+{name}").names == (name, "gptq")
         assert compose(f"{name}+sde+gptq").grid == GRIDS[name]
-    with pytest.raises(UserError, match="gptq would round again what autoround has learned"):
-        compose("autoround+gptq")
+    with pytest.raises(UserError, match="gptq would round again what learned rounding has chosen"):
+        compose("flipround+gptq")

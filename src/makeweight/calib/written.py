@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from makeweight.calib.capture import place
+from makeweight.errors import UserError
 from makeweight.models.checkpoint import Checkpoint
 from makeweight.numerics.memory import release_freed_memory
 
@@ -25,6 +26,8 @@ PIECE = 256
 """Tokens of a piece: long texts of small models repeat themselves, and every step reads all that came before."""
 PROMPT = 32
 """Tokens of a given sample that a piece goes on from."""
+DTYPE = torch.bfloat16
+"""Of the model while it writes: enough to draw from its predictions."""
 TOGETHER = 128
 """Pieces that are written at once."""
 
@@ -37,7 +40,6 @@ def written_tokens(
     given_NT: Tensor,
     count: int,
     *,
-    dtype: torch.dtype = torch.bfloat16,
     device: torch.device,
     seed: int,
     tick: Tick | None = None,
@@ -45,13 +47,13 @@ def written_tokens(
     """Return `count` samples as long as those given, int64 (count, T); the same seed gives the same on a machine."""
     model = ckpt.skeleton()
     for index in range(ckpt.n_blocks):
-        ckpt.load_block(model, index)
-    place(model, device, dtype)
+        place(ckpt.load_block(model, index), device, DTYPE)
+    place(model, device, DTYPE)
     generator = torch.Generator().manual_seed(seed)
     length = min(PIECE, given_NT.shape[1])
     words = _words(ckpt)
-    starts = _starts(given_NT, words, -(-count * given_NT.shape[1] // length), min(PROMPT, length), generator)
-    parts = [part for rows in starts for part in rows.split(TOGETHER)]
+    starts = _starts(given_NT, words, -(-count * given_NT.shape[1] // length), min(PROMPT, length // 2), generator)
+    parts = [part for rows in starts if len(rows) for part in rows.split(TOGETHER)]
     done = []
     for number, start in enumerate(parts):
         done.append(_continue(model, start.to(device), length, generator).cpu())
@@ -64,25 +66,23 @@ def written_tokens(
     return mixed.flatten()[: count * given_NT.shape[1]].view(count, -1)
 
 
-def writing_bytes(ckpt: Checkpoint, seqlen: int, size: int = 2) -> float:
-    """Return bytes of all blocks, of keys and values of pieces written together (twice, as they grow), of logits.
-
-    `size` is the bytes of a number of the forward pass.
-    """
+def writing_bytes(ckpt: Checkpoint, seqlen: int) -> float:
+    """Return bytes of all blocks, of keys and values of pieces written together (twice, as they grow), of logits."""
     config = ckpt.config.get_text_config()
     inside = f"{ckpt.spec.blocks}."
     weights = sum(math.prod(shape) for name, shape in ckpt.parameters().items() if name.startswith(inside))
     heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", 1)
     wide = getattr(config, "head_dim", None) or config.hidden_size // getattr(config, "num_attention_heads", 1)
     cache = 2 * 2 * ckpt.n_blocks * TOGETHER * min(PIECE, seqlen) * heads * wide
-    return (weights + cache) * size + 3 * 4 * TOGETHER * config.vocab_size
+    return (weights + cache) * DTYPE.itemsize + 3 * 4 * TOGETHER * config.vocab_size
 
 
 def _words(ckpt: Checkpoint) -> Tensor:
     """Return the tokens that stand for text."""
     tokenizer = ckpt.tokenizer()
     known = torch.arange(min(len(tokenizer), ckpt.config.get_text_config().vocab_size))
-    return known[~torch.isin(known, torch.tensor(tokenizer.all_special_ids, dtype=known.dtype))]
+    special = {*tokenizer.all_special_ids, *(i for i, t in tokenizer.added_tokens_decoder.items() if t.special)}
+    return known[~torch.isin(known, torch.tensor(sorted(special), dtype=known.dtype))]
 
 
 def _starts(
@@ -100,7 +100,12 @@ def _continue(model: torch.nn.Module, start_PL: Tensor, length: int, generator: 
     last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     for _ in range(length - start_PL.shape[1]):
         answer = model(input_ids=step_PL, past_key_values=past, use_cache=True, **last_only)
-        past = answer.past_key_values
+        past = getattr(answer, "past_key_values", None)
+        if past is None:
+            raise UserError(
+                f"{type(model).__name__} keeps no keys and values to go on from, so it cannot write calibration text "
+                "of its own: leave --written out."
+            )
         chances_PV = answer.logits[:, -1].float().softmax(-1)
         step_PL = torch.multinomial(chances_PV.cpu(), 1, generator=generator).to(start_PL.device)
         found.append(step_PL)

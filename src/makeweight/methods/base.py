@@ -193,6 +193,11 @@ class GridStep(Step):
 
     stage: ClassVar[Stage] = Stage.GRID
 
+    @property
+    def by_flips(self) -> bool:
+        """Whether learning asks for the curvature of the loss before it begins."""
+        return False
+
     @abstractmethod
     def build(self, state: State, context: Context) -> Grid:
         """Build the grid for one block from the weights that reach it."""

@@ -8,7 +8,7 @@ rounding adds is taken out of whatever acts by flips; a scale's other way, stret
 With one weight, or weights that do not touch each other, this is the exact derivative of the loss.
 
 Damping adds damp / 2 times the sum of h (w_hat - w)^2 to the loss: what calibration has not seen speaks for the
-weights as they were.
+weights as they were, or where learned maps below have moved them, which are taken as given here.
 
 Shapes: O out, I in, G groups per row, S inputs per group.
 """
@@ -19,8 +19,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-from makeweight.numerics.scheme import Scheme
 
 Curvature = tuple[Tensor, Tensor]
 """How a loss bends along the entries of a matrix: second derivatives, as a column (O, 1) times a row (I,), fp32."""
@@ -38,32 +36,24 @@ def flip_slopes(
     grad_OGS: Tensor,
     weight_OGS: Tensor,
     scale_OG: Tensor,
-    zero_OG: Tensor,
-    scheme: Scheme,
     offset_OGS: Tensor | None,
+    slope_OGS: Tensor,
+    inside_OGS: Tensor,
     flips: Flips,
 ) -> tuple[Tensor, Tensor]:
     """Turn the slope along rounded weights into that along scales (O, G) and along weights by flips (O, G, S).
 
-    The slope along an offset, in steps, is that along its weight times the scale. Beyond the range there are no flips.
+    `slope_OGS` and `inside_OGS` are what `scale_slope` gives: within the range, what rounding adds to w / scale, offset
+    included. The slope along an offset, in steps, is that along its weight times the scale.
     """
     column_O1, row_I = flips.curvature
     groups, size = weight_OGS.shape[1:]
     bend_OGS = column_O1.unsqueeze(-1) * row_I.view(1, groups, size)
     scale_OG1 = scale_OG.unsqueeze(-1)
-    scaled_OGS = weight_OGS / scale_OG1
-    unrounded_OGS = scaled_OGS + zero_OG.unsqueeze(-1)
-    if offset_OGS is not None:
-        unrounded_OGS += offset_OGS
-    rounded_OGS = unrounded_OGS.round()
-    codes_OGS = rounded_OGS.clamp(scheme.qmin, scheme.qmax)
-    # Masks are floats, as passes over booleans are several times slower on a CPU; rounded minus codes is an integer.
-    inside_OGS = (rounded_OGS - codes_OGS).abs_().clamp_(max=1).neg_().add_(1)
-    own_OGS = unrounded_OGS.sub_(rounded_OGS).mul_(inside_OGS).mul_(bend_OGS).mul_(flips.own + flips.damp)
-    steps_OGS = codes_OGS.sub_(zero_OG.unsqueeze(-1))
+    own_OGS = -slope_OGS if offset_OGS is None else offset_OGS - slope_OGS
+    own_OGS.mul_(inside_OGS).mul_(bend_OGS).mul_(flips.own + flips.damp)
     if flips.damp:
-        error_OGS = torch.sub(steps_OGS, scaled_OGS, out=rounded_OGS).mul_(scale_OG1)
+        error_OGS = (slope_OGS * scale_OG1).addcmul_(inside_OGS - 1, weight_OGS)
         grad_OGS = torch.addcmul(grad_OGS, error_OGS, bend_OGS, value=flips.damp)
-    slope_OGS = steps_OGS.addcmul_(scaled_OGS, inside_OGS, value=-1)
-    grad_scale_OG = slope_OGS.mul_(grad_OGS).addcmul_(own_OGS, weight_OGS, value=-1).sum(-1)
+    grad_scale_OG = (slope_OGS * grad_OGS).addcmul_(own_OGS, weight_OGS, value=-1).sum(-1)
     return grad_scale_OG, (grad_OGS * inside_OGS).addcmul_(own_OGS, scale_OG1)

@@ -104,11 +104,12 @@ class _ClippedGrid(torch.autograd.Function):
         scheme: Scheme = ctx.scheme
         weight_OGS = grouped(weight_OI, ctx.group)
         grad_OGS = grouped(grads[0].to(weight_OI.dtype, copy=True), ctx.group)
+        offset_OGS = _like(offset_OI, weight_OGS)
+        slope_OGS, inside_OGS = scale_slope(weight_OGS, scale_OG, zero_OG, scheme, offset_OGS)
         if ctx.flips is not None:
-            grid = (scale_OG, zero_OG, scheme, _like(offset_OI, weight_OGS))
-            grad_scale_OG, grad_OGS = flip_slopes(grad_OGS, weight_OGS, *grid, ctx.flips)
+            known = (scale_OG, offset_OGS, slope_OGS, inside_OGS)
+            grad_scale_OG, grad_OGS = flip_slopes(grad_OGS, weight_OGS, *known, ctx.flips)
         else:
-            slope_OGS, inside_OGS = scale_slope(weight_OGS, scale_OG, zero_OG, scheme, _like(offset_OI, weight_OGS))
             grad_scale_OG = slope_OGS.mul_(grad_OGS).sum(-1)
             if ctx.needs_input_grad[0] or ctx.needs_input_grad[3]:
                 grad_OGS.mul_(inside_OGS)

@@ -112,3 +112,8 @@ def totals(reports: Sequence[Mapping[str, Any]]) -> tuple[str, float]:
     digest = hashlib.sha256(json.dumps([report["digest"] for report in reports], sort_keys=True).encode()).hexdigest()
     sizes = [size for report in reports for size in report["bits"].values()]
     return digest, sum(bits * count for bits, count in sizes) / sum(count for _, count in sizes)
+
+
+def seconds_of(*reports: Mapping[str, Any] | None) -> float:
+    """Return the sum of the seconds that reports name, where there are any."""
+    return sum(report.get("seconds", 0.0) for report in reports if report is not None)

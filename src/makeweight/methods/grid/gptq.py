@@ -3,7 +3,7 @@
 Learned maps (sde), ranges (lwc) and scales (stepsize) are learned under plain rounding, and ranges may be searched
 (mse); GPTQ then rounds the weights that are left, within those ranges and scales. What it changes is where each code
 falls, so a map's work is kept: the weights that meet the grid better leave smaller errors to feed back. Under learned
-rounding (autoround) it would undo what was learned.
+rounding (autoround, flipround) it would undo what was learned.
 Source: arXiv 2210.17323; the options are those of its reference code, act-order with static groups by default.
 
 Shapes: O out, I in, G groups per row, S inputs per group.
@@ -41,7 +41,7 @@ class Gptq(RoundStep):
 
     def conflicts(self, others: tuple[Step, ...]) -> str | None:  # noqa: D102
         if any(isinstance(other, Rounding) for other in others):
-            return "gptq would round again what autoround has learned to round"
+            return "gptq would round again what learned rounding has chosen"
         return None
 
     @torch.no_grad()

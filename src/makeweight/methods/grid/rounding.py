@@ -58,12 +58,13 @@ class RoundingGrid(RangeGrid):
 
     def take_curvature(self, find: Callable[[], Mapping[str, Curvature]]) -> None:  # noqa: D102
         step = self.step
-        if step.own or step.damp:
+        if step.by_flips:
             self.flips = {name: Flips(found, step.own, step.damp) for name, found in find().items()}
 
     def learnables(self) -> Iterator[Learnables]:  # noqa: D102
         params = (*self.offsets.values(), *self.low.values(), *self.high.values())
-        yield Learnables("rounding", params, self.step.rate, 1 / max(1, self.context.steps), self.step.descent)
+        name = "flipround" if self.step.by_flips else "autoround"
+        yield Learnables(name, params, self.step.rate, 1 / max(1, self.context.steps), self.step.descent)
 
     def constrain(self) -> None:  # noqa: D102
         for offset_OI in self.offsets.values():
@@ -94,6 +95,10 @@ class Rounding(GridStep):
             raise UserError(f"learned rounding: descent {self.descent!r} is unknown: choose adam or sign.")
         if not (0 <= self.own <= 1 and self.damp >= 0):
             raise UserError(f"learned rounding: own {self.own} must lie between 0 and 1, damp {self.damp} not below 0.")
+
+    @property
+    def by_flips(self) -> bool:  # noqa: D102
+        return self.own > 0 or self.damp > 0
 
     @property
     def weight_bytes(self) -> int:  # noqa: D102
