@@ -65,6 +65,13 @@ def test_zero_points_begin_between_codes() -> None:
     assert inside_count > 0.8 * parts.numel() and parts.abs().max() < 0.5  # else no step that learning takes moves one
 
 
+@pytest.mark.parametrize(("descent", "steps", "way"), [("sign", 30, 1.0), ("adam", 400, 1.0), ("adam", 30, 30 / 200)])
+def test_short_runs_of_adam_take_no_longer_steps(descent: Literal["adam", "sign"], steps: int, way: float) -> None:
+    where = replace(context(Scheme(bits=3, group_size=16)), steps=steps)
+    (group,) = Rounding(descent=descent).build(a_state(), where).learnables()
+    assert group.rate * group.unit * steps == pytest.approx(2 * REACH * way)
+
+
 @pytest.mark.parametrize("descent", ["adam", "sign"])
 def test_rounding_may_travel_a_whole_run_to_the_next_code(descent: Literal["adam", "sign"]) -> None:
     state, where = a_state(), context(Scheme(bits=3, group_size=16))

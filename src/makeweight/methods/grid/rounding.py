@@ -33,6 +33,8 @@ from makeweight.methods.grid.search import Start, check_start, first_ranges
 from makeweight.numerics.flips import Curvature, Flips
 
 REACH = 0.5
+LEAST_STEPS = 200
+"""Shorter runs of AdamW step no further than one of so many: three times a thirtieth ruined a block (LOG.md)."""
 
 
 class RoundingGrid(RangeGrid):
@@ -64,7 +66,8 @@ class RoundingGrid(RangeGrid):
     def learnables(self) -> Iterator[Learnables]:  # noqa: D102
         params = (*self.offsets.values(), *self.low.values(), *self.high.values())
         name = "flipround" if self.step.by_flips else "autoround"
-        yield Learnables(name, params, self.step.rate, 1 / max(1, self.context.steps), self.step.descent)
+        least = LEAST_STEPS if self.step.descent == "adam" else 1
+        yield Learnables(name, params, self.step.rate, 1 / max(least, self.context.steps), self.step.descent)
 
     def constrain(self) -> None:  # noqa: D102
         for offset_OI in self.offsets.values():
@@ -76,6 +79,8 @@ class RoundingGrid(RangeGrid):
 @dataclass(frozen=True, kw_only=True)
 class Rounding(GridStep):
     """Learn the rounding of every weight; `rate` is twice the way, in steps of the scale, that a run can travel.
+
+    By AdamW, runs of fewer than 200 steps travel less: each step is as far as one of 200.
 
     `start` is where ranges begin: `mse` at the least error of the weights, `range` at their full width, as in SignRound
     and auto-round. `descent` is `sign`, or `adam` for AdamW, whose moments take two more numbers for every weight.
