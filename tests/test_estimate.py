@@ -74,6 +74,15 @@ def test_what_reads_inputs_and_what_learns_at_the_end_is_counted(recipe: Recipe,
     assert of(recipe, ckpt, method="rtn+e2e").memory_bytes > of(recipe, ckpt, method="rtn").memory_bytes
 
 
+def test_text_of_the_models_own_and_curvature_are_counted(recipe: Recipe, ckpt: Checkpoint) -> None:
+    plain = of(recipe, ckpt, method="autoround")
+    assert of(recipe, ckpt, method="flipround").seconds > plain.seconds  # probes, before any step
+    writes = of(replace(recipe, calib=replace(recipe.calib, written=64)), ckpt, method="autoround")
+    as_many = of(replace(recipe, calib=replace(recipe.calib, nsamples=128)), ckpt, method="autoround")
+    assert writes.seconds > as_many.seconds > plain.seconds
+    assert writes.memory_bytes > as_many.memory_bytes  # the cache of 128 pieces is larger than anything here
+
+
 def test_probabilities_that_attention_keeps_are_counted(
     recipe: Recipe, ckpt: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
