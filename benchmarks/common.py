@@ -37,13 +37,16 @@ class Cells:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.cells: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else {}
+        self.cells = self._read()
+
+    def _read(self) -> dict[str, dict[str, Any]]:
+        return json.loads(self.path.read_text()) if self.path.is_file() else {}
 
     def keep(self, name: str, cell: Mapping[str, Any]) -> None:
-        """Add a cell and write the file, whole or not at all."""
-        self.cells[name] = dict(cell)
+        """Add a cell to what the file holds by now, and write it, whole or not at all."""
+        self.cells = {**self._read(), name: dict(cell)}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        part = self.path.with_suffix(".part")
+        part = self.path.with_suffix(f".{os.getpid()}.part")
         part.write_text(json.dumps(self.cells, indent=1, sort_keys=True) + "\n")
         part.replace(self.path)
 

@@ -4,15 +4,17 @@
 
 The protocol is that of recipes.ablation, at W3A16g64 and W2A16g64; three seeds for the hosts in SEEDS, one for the
 rest. A host that learns nothing has nothing for cl to judge: such cells do not exist. Cells that recipes.ablation has
-are taken from there. Resumes where it stopped; results in benchmarks/results/hosts.json, and the table of what is
-there is printed at the end.
+are taken from there. Resumes where it stopped, and several may run at once with different hosts; results in
+benchmarks/results/hosts.json, and the table of what is there is printed at the end.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from statistics import fmean
+from typing import Any
 
 from benchmarks.common import WORK, table
 from makeweight.plan import compose
@@ -20,11 +22,12 @@ from recipes.ablation import recipe
 from recipes.common import Results
 
 CLIPPING = ("lwc", "omniquant", "awq", "gptq")
-LEARNING = ("autoround", "efficientqat")
+LEARNING = ("autoround", "flipround", "efficientqat")
 ADDED = ("", "+sde", "+cl", "+sde+cl")
 SCHEMES = ("W3A16g64", "W2A16g64")
 SEEDS = {"lwc": (0, 1, 2), "autoround": (0, 1, 2)}
 DOMAINS = ("wikitext2", "enwiki")
+Cells = Mapping[str, Mapping[str, Any]]
 
 
 def possible(host: str) -> list[str]:
@@ -33,7 +36,7 @@ def possible(host: str) -> list[str]:
     return [added for added in ADDED if added != "+cl" or learns]
 
 
-def cells(hosts: tuple[str, ...]) -> Iterator[tuple[str, str, str, int]]:
+def every_cell(hosts: tuple[str, ...]) -> Iterator[tuple[str, str, str, int]]:
     """Yield host, what is added, scheme and seed, all of seed 0 first."""
     for seed in range(3):
         for scheme in SCHEMES:
@@ -48,41 +51,55 @@ def name_of(host: str, added: str, scheme: str, seed: int) -> str:
     return f"{scheme}/{host}{added}/{seed}"
 
 
-def summary(results: Results, scheme: str) -> str:
-    """Return the table of a scheme: WikiText-2 / enwiki for each host and what is added, means over the same seeds."""
+def summary(cells: Cells, scheme: str) -> str:
+    """Return the table of a scheme: a host and what is added, means over the seeds that all of a row's columns have."""
     rows = []
     for host in (*CLIPPING, *LEARNING):
-        row = [f"`{host}`"]
-        for added in ADDED:
-            names = [name_of(host, added, scheme, seed) for seed in SEEDS.get(host, (0,))]
-            found = [results.cells[name] for name in names if name in results.cells]
-            means = [sum(cell[domain] for cell in found) / len(found) for domain in DOMAINS] if found else []
-            row.append(" / ".join(f"{mean:.2f}" for mean in means) or "-")
-        rows.append(row)
-    return table((scheme, "alone", *(added.replace("+", " + ").strip() for added in ADDED[1:])), rows)
+        row = {added: seeds for added in ADDED if (seeds := _seeds(cells, host, added, scheme))}
+        if not row:
+            continue
+        common = sorted(set.intersection(*row.values()))
+        texts = [_means(cells, host, added, scheme, common) if added in row else "-" for added in ADDED]
+        rows.append([f"`{host}`", *texts, str(len(common))])
+    header = (f"first 8 blocks, {scheme}, WikiText-2 / enwiki", "alone", *ADDED[1:], "seeds")
+    return table([text.replace("+", " + ").strip() for text in header], rows)
 
 
-def helped(results: Results) -> str:
+def _seeds(cells: Cells, host: str, added: str, scheme: str) -> set[int]:
+    return {seed for seed in SEEDS.get(host, (0,)) if name_of(host, added, scheme, seed) in cells}
+
+
+def _means(cells: Cells, host: str, added: str, scheme: str, seeds: Sequence[int]) -> str:
+    found = [cells[name_of(host, added, scheme, seed)] for seed in seeds]
+    return " / ".join(f"{fmean(cell[domain] for cell in found):.2f}" for domain in DOMAINS) if found else "-"
+
+
+def helped(cells: Cells) -> str:
     """Count the cells of hosts that clip in which sde and cl together lower both perplexities."""
     pairs = []
-    for host, added, scheme, seed in cells(CLIPPING):
+    for host, added, scheme, seed in every_cell(CLIPPING):
         names = [name_of(host, what, scheme, seed) for what in ("", added)]
-        if added == ADDED[-1] and all(name in results.cells for name in names):
-            alone, both = (results.cells[name] for name in names)
+        if added == ADDED[-1] and all(name in cells for name in names):
+            alone, both = (cells[name] for name in names)
             pairs.append(all(both[domain] < alone[domain] for domain in DOMAINS))
     return f"sde and cl lower both perplexities of a host that clips in {sum(pairs)} of {len(pairs)} cells."
+
+
+def tables(cells: Cells) -> str:
+    """Return one table per scheme, of the cells that are there, and what they come to."""
+    return "\n\n".join([*(summary(cells, scheme) for scheme in SCHEMES), helped(cells)])
 
 
 def main() -> None:
     """Run every cell whose result is not there yet, and print the tables."""
     hosts, results, shared = tuple(sys.argv[1:]) or (*CLIPPING, *LEARNING), Results("hosts"), Results("ablation").cells
-    for host, added, scheme, seed in cells(hosts):
+    for host, added, scheme, seed in every_cell(hosts):
         name = name_of(host, added, scheme, seed)
         if name in shared and name not in results.cells:
             results.keep(name, shared[name])
         out = str(WORK / "hosts" / name.replace("/", "-"))
         results.run(name, replace(recipe(f"{host}{added}", scheme, seed), out=out))
-    print("\n\n".join(summary(results, scheme) for scheme in SCHEMES), helped(results), sep="\n\n")
+    print(tables(results.cells))
 
 
 if __name__ == "__main__":

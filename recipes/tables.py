@@ -12,6 +12,7 @@ from typing import Any
 
 from benchmarks.common import RESULTS, ROOT, table
 from benchmarks.peers.table import markdown
+from recipes import hosts
 
 START, END = "<!-- results -->", "<!-- /results -->"
 METHODS = ("rtn", "lwc", "lwc+lsi", "lwc+sde", "lwc+cl", "lwc+sde+cl", "autoround", "autoround+e2e")
@@ -61,7 +62,7 @@ def ablation(cells: Cells) -> str:
 def main() -> None:
     """Put the tables between the marks in README.md."""
     parts = []
-    for name, build in (("peers", markdown), ("core", core), ("ablation", ablation)):
+    for name, build in (("peers", markdown), ("core", core), ("ablation", ablation), ("hosts", hosts.tables)):
         file = RESULTS / f"{name}.json"
         if file.is_file():
             parts.append(build(json.loads(file.read_text())))

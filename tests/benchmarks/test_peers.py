@@ -81,6 +81,14 @@ def test_what_is_there_is_not_run_again(tmp_path: Path) -> None:
     assert ran == ["b", "c", "b"]
 
 
+def test_two_runs_can_fill_the_same_file(tmp_path: Path) -> None:
+    first, second = Cells(tmp_path / "cells.json"), Cells(tmp_path / "cells.json")
+    first.keep("a", {"wikitext2": 1.0})
+    second.keep("b", {"wikitext2": 2.0})
+    assert set(Cells(tmp_path / "cells.json").cells) == set(second.cells) == {"a", "b"}
+    assert [file.name for file in tmp_path.iterdir()] == ["cells.json"]
+
+
 @pytest.mark.parametrize("group_size", [8, -1])
 def test_values_are_counted_group_by_group(group_size: int) -> None:
     generator = torch.Generator().manual_seed(0)
