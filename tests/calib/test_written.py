@@ -74,3 +74,11 @@ def test_long_samples_are_made_of_pieces(tmp_path: Path, monkeypatch: pytest.Mon
 def test_few_and_short_ones(tokens: int, count: int, tmp_path: Path) -> None:
     ckpt = open_checkpoint(str(tiny_folder("llama", tmp_path / "model")))
     assert written_tokens(ckpt, given(tokens=tokens), count, device=CPU, seed=0).shape == (count, tokens)
+
+
+def test_tokens_come_as_often_as_they_are_likely_and_never_without_a_chance() -> None:
+    chances = torch.tensor([0.0, 0.5, 0.0, 0.3, 0.2, 0.0]).expand(20000, -1)
+    drawn = written._drawn(chances, torch.Generator().manual_seed(0))
+    shares = drawn.flatten().bincount(minlength=6) / len(drawn)
+    torch.testing.assert_close(shares, chances[0], rtol=0, atol=0.012)
+    assert shares[[0, 2, 5]].eq(0).all()

@@ -34,6 +34,20 @@ def test_families_compute_what_transformers_computes(family: str) -> None:
     assert torch.equal(mine, theirs) == left_to_torch
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_go_on_from_what_they_keep_as_in_one_go(family: str) -> None:
+    tokens = torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(2))
+    exact, theirs = _logits(tiny_model(family).eval(), tokens), _logits(tiny_model(family).eval().bfloat16(), tokens)
+    model, past, logits = speed_up(tiny_model(family).eval()).bfloat16(), None, []
+    with torch.no_grad():
+        for step in (tokens[:, :8], *tokens[:, 8:].split(1, dim=1)):
+            answer = model(input_ids=step, past_key_values=past, use_cache=True)
+            past = answer.past_key_values
+            logits.append(answer.logits[:, -1:])
+    mine = torch.cat(logits, 1).double()
+    assert (mine - exact[:, 7:]).norm() < 1.5 * (theirs - exact)[:, 7:].norm()
+
+
 def test_models_that_take_no_other_attention_keep_theirs() -> None:
     class Rigid(LlamaForCausalLM):
         _supports_attention_backend = False
@@ -62,7 +76,7 @@ CASES: dict[str, tuple[dict[str, Any], Callable[[], tuple[Tensor, Tensor, Tensor
     "mask": ({"attention_mask": torch.ones(12, 12, dtype=torch.bool).tril(2).triu(-3)}, _inputs),
     "not causal": ({"is_causal": False}, _inputs),
     "float32": ({}, lambda: _inputs(torch.float32)),
-    "decoding": ({}, lambda: _inputs(queries=1)),
+    "more queries than one, fewer than keys": ({}, lambda: _inputs(queries=5)),
     "bias": ({"position_bias": torch.linspace(0, 1, 12).expand(1, 1, 12, 12).bfloat16()}, _inputs),
 }
 
@@ -73,6 +87,7 @@ def test_what_is_not_plainly_causal_is_left_to_transformers(case: str, monkeypat
         raise AssertionError("not ours")
 
     monkeypatch.setattr(attention, "causal_attention", refuse)
+    monkeypatch.setattr(attention, "last_token_attention", refuse)
     named, make = CASES[case]
     inputs = make()
     mask = named.get("attention_mask")

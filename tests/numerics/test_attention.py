@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from makeweight.numerics import attention
-from makeweight.numerics.attention import causal_attention
+from makeweight.numerics.attention import causal_attention, last_token_attention
 
 # tokens, heads, heads of keys, width of keys, width of values
 SHAPES = [(1, 2, 2, 8, 8), (7, 4, 2, 8, 8), (64, 6, 2, 16, 16), (150, 3, 1, 8, 12), (200, 4, 4, 16, 16)]
@@ -50,6 +50,15 @@ def test_values_and_gradients_are_exact(
     for got, want in zip(ours(leaves, slope), theirs(leaves, slope), strict=True):
         assert got.shape == want.shape
         torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_last_token_alone_sees_what_it_sees_among_all(shape: tuple[int, int, int, int, int]) -> None:
+    (query, key, value), _ = problem(shape, torch.float64)
+    among_all = causal_attention(query, key, value, 0.3)[:, :, -1:]
+    torch.testing.assert_close(
+        last_token_attention(query[:, :, -1:], key, value, 0.3), among_all, rtol=1e-11, atol=1e-12
+    )
 
 
 def test_computing_probabilities_again_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:

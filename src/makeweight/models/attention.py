@@ -1,4 +1,4 @@
-"""The attention of a model that learns: ours where it is faster, and transformers' own everywhere else."""
+"""The attention of a model that learns or writes: ours where it is faster, and transformers' own everywhere else."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from makeweight.numerics.attention import causal_attention
+from makeweight.numerics.attention import causal_attention, last_token_attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -19,7 +19,7 @@ _NARROW = (torch.bfloat16, torch.float16)
 def speed_up(model: PreTrainedModel) -> PreTrainedModel:
     """Give `model` our attention where its class lets attention be replaced, and return it.
 
-    For learning only: what is measured is measured with transformers' own.
+    For learning and writing only: what is measured is measured with transformers' own.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
@@ -38,16 +38,17 @@ def _attention(
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     causal = named.get("is_causal")
+    answer = {key_BKTD.shape[2]: causal_attention, 1: last_token_attention}.get(query_BHTD.shape[2])
     if (
-        mask is None
+        answer is not None
+        and mask is None
         and (getattr(module, "is_causal", True) if causal is None else causal)
         and query_BHTD.device.type == "cpu"
         and query_BHTD.dtype in _NARROW
-        and query_BHTD.shape[2] == key_BKTD.shape[2]
         and not any(named.get(name) for name in ("dropout", "softcap"))
         and not any(named.get(name) is not None for name in ("position_bias", "cache"))
     ):
         scale = named.get("scaling")
         scale = query_BHTD.shape[-1] ** -0.5 if scale is None else scale
-        return causal_attention(query_BHTD, key_BKTD, value_BKTE, scale).transpose(1, 2).contiguous(), None
+        return answer(query_BHTD, key_BKTD, value_BKTE, scale).transpose(1, 2).contiguous(), None
     return sdpa_attention_forward(module, query_BHTD, key_BKTD, value_BKTE, mask, **named)
