@@ -26,7 +26,7 @@ def recipe(method: str, scheme: str, seed: int) -> Recipe:
         method=method,
         scheme=Scheme.parse(scheme),
         blocks=(0, 8),
-        calib=Calib(dataset=f"{data()}/enwiki/train.txt", nsamples=48, seqlen=512),
+        calib=Calib(dataset=f"{data()}/enwiki/train.txt", nsamples=48, seqlen=512, piece=512),
         tune=Tune(steps=200, batch_size=2),
         eval=evaluation(),
         seed=seed,

@@ -39,7 +39,7 @@ def main() -> None:
             method=method,
             scheme=Scheme.parse("W3A16g64"),
             blocks=(0, 2),
-            calib=Calib(dataset=f"{data()}/enwiki/train.txt", nsamples=48, seqlen=512),
+            calib=Calib(dataset=f"{data()}/enwiki/train.txt", nsamples=48, seqlen=512, piece=512),
             tune=Tune(steps=100, batch_size=2),
             eval=Eval(datasets=()),
             options=options,

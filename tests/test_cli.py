@@ -61,7 +61,7 @@ def test_defaults(ran: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
 def test_every_option(ran: list[Any]) -> None:
     line = (
         "quantize --model m --method lwc+sde --bits 3 --group_size 64 --sym --scale_dtype float32 --blocks 0:8 "
-        "--dataset a.txt --nsamples 48 --seqlen 512 --iters 192 --batch-size 2 --lr sde=3e-3 --lr lwc=1e-2 "
+        "--dataset a.txt --nsamples 48 --seqlen 512 --piece 128 --iters 192 --batch-size 2 --lr sde=3e-3 --lr lwc=1e-2 "
         "--set sde.band=16 --set cl.decay=0.5 --set sde.dense=8 --eval-dataset x --eval_dataset y --eval-windows 12 "
         "--output_dir here --format gguf,gptq --format dense --seed 7 --device cpu --trust-remote-code"
     )
@@ -70,7 +70,7 @@ def test_every_option(ran: list[Any]) -> None:
     assert made == Recipe.from_json(
         """{"model": "m", "method": "lwc+sde", "out": "here", "blocks": "0:8", "seed": 7, "trust_remote_code": true,
         "scheme": {"bits": 3, "group_size": 64, "symmetric": true, "scale_dtype": "float32"},
-        "calib": {"dataset": "a.txt", "nsamples": 48, "seqlen": 512},
+        "calib": {"dataset": "a.txt", "nsamples": 48, "seqlen": 512, "piece": 128},
         "tune": {"steps": 192, "batch_size": 2, "device": "cpu", "rates": {"sde": 3e-3, "lwc": 1e-2}},
         "options": {"sde": {"band": 16, "dense": 8}, "cl": {"decay": 0.5}},
         "eval": {"datasets": ["x", "y"], "windows": 12}, "formats": ["gguf", "gptq", "dense"]}"""

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from makeweight.errors import UserError
 from makeweight.numerics.scheme import Scheme
-from makeweight.recipe import Calib, Eval, Recipe, Tune, parse_blocks, parse_option, parse_rate
+from makeweight.recipe import Calib, Eval, Recipe, Tune, parse_blocks
 
 NAMES = st.text("abcdefghijklmnopqrstuvwxyz_", min_size=1, max_size=8)
 RATES = st.floats(0, 1, allow_nan=False)
@@ -25,7 +25,7 @@ RECIPES = st.builds(
     method=st.sampled_from(["rtn", "lwc+sde+cl"]),
     scheme=st.builds(Scheme, bits=st.integers(2, 8), group_size=st.sampled_from([-1, 32, 64]), symmetric=st.booleans()),
     blocks=st.none() | st.integers(0, 9).map(lambda first: (first, first + 3)),
-    calib=st.builds(Calib, nsamples=st.integers(1, 512), seqlen=st.integers(2, 4096)),
+    calib=st.builds(Calib, nsamples=st.integers(1, 512), seqlen=st.integers(2, 4096), piece=st.integers(2, 4096)),
     tune=st.builds(Tune, steps=st.integers(0, 999), rates=st.dictionaries(NAMES, RATES, max_size=3)),
     eval=st.builds(Eval, datasets=st.lists(NAMES, max_size=3).map(tuple), windows=st.none() | st.integers(1, 9)),
     seed=st.integers(0, 2**31),
@@ -135,6 +135,7 @@ def test_refusals(changes: dict[str, Any], says: str) -> None:
     ("kind", "changes", "says"),
     [
         (Calib, {"seqlen": 1}, "calib.seqlen=1 is too small: give 2"),
+        (Calib, {"piece": 1}, "calib.piece=1 is too small: give 2"),
         (Calib, {"dataset": ""}, "calib.dataset"),
         (Tune, {"steps": -1}, "tune.steps"),
         (Tune, {"batch_size": 0}, "tune.batch_size"),
@@ -166,24 +167,6 @@ def test_parse_blocks() -> None:
     for wrong in ("8", "a:b", "8:0", "-1:4", "0:8:2", ""):
         with pytest.raises(UserError):
             parse_blocks(wrong)
-
-
-def test_parse_option() -> None:
-    assert parse_option("sde.band=16") == ("sde", "band", 16)
-    assert parse_option("cl.decay=0.5") == ("cl", "decay", 0.5)
-    assert parse_option("sde.dense-block=8") == ("sde", "dense_block", 8)
-    assert parse_option("lwc.joint=True") == ("lwc", "joint", True)
-    assert parse_option("sde.where=down_proj") == ("sde", "where", "down_proj")
-    for wrong in ("band=16", "sde.band", "sde.band=", ".=1"):
-        with pytest.raises(UserError, match=r"sde\.band=16"):
-            parse_option(wrong)
-
-
-def test_parse_rate() -> None:
-    assert parse_rate("sde=3e-3") == ("sde", 3e-3)
-    for wrong in ("sde", "=1", "sde=fast", "sde=nan"):
-        with pytest.raises(UserError, match="sde=3e-3"):
-            parse_rate(wrong)
 
 
 def test_public_names_without_torch() -> None:

@@ -101,13 +101,12 @@ def quantize(
     nsamples: Annotated[int | None, typer.Option(help="Calibration samples [128].")] = None,
     seqlen: Annotated[int | None, typer.Option(help="Tokens per sample [2048].")] = None,
     written: Annotated[int | None, typer.Option(help="More samples that the model writes itself [0].")] = None,
+    piece: Annotated[int | None, typer.Option(help="Tokens of a sample that learning sees at once [256].")] = None,
     steps: Annotated[int | None, typer.Option("--steps", "--iters", help="Per block [120].")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Samples per step [4].")] = None,
     lr: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="A method's learning rate.")] = None,
     option: Settings = None,
-    eval_dataset: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="Text to evaluate on; repeat for more.")
-    ] = None,
+    eval_dataset: Annotated[list[str] | None, typer.Option(metavar="NAME", help="To evaluate on; repeat it.")] = None,
     eval_windows: Annotated[int | None, typer.Option(help="Evaluate on the first windows only.")] = None,
     eval_seqlen: Annotated[int | None, typer.Option(help="Tokens per window of evaluation [2048].")] = None,
     out: Annotated[str | None, typer.Option("--out", "--output-dir", help="Folder to write.")] = None,
@@ -119,6 +118,7 @@ def quantize(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and estimate, then stop.")] = False,
 ) -> None:
     """Quantize a model; the same command resumes."""
+    text = {"dataset": dataset, "nsamples": nsamples, "seqlen": seqlen, "written": written, "piece": piece}
     saved = Recipe.load(recipe) if recipe else None
     grid = options.grid(saved.scheme if saved else Scheme(), scheme, bits, group_size, sym, scale_dtype)
     base = options.at_effort(saved or options.start(model, out, grid), effort, method)
@@ -129,7 +129,7 @@ def quantize(
         method=method,
         scheme=grid,
         blocks=parse_blocks(blocks) if blocks is not None else None,
-        calib=options.changed(base.calib, dataset=dataset, nsamples=nsamples, seqlen=seqlen, written=written),
+        calib=options.changed(base.calib, **text),
         tune=options.changed(base.tune, steps=steps, batch_size=batch_size, device=device, rates=rates),
         eval=options.changed(base.eval, datasets=options.names(eval_dataset), windows=eval_windows, seqlen=eval_seqlen),
         out=out,

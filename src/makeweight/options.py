@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -9,7 +11,7 @@ from typing import Any, TypeVar
 from makeweight.effort import with_effort
 from makeweight.errors import UserError
 from makeweight.numerics.scheme import Scheme
-from makeweight.recipe import Option, Recipe, parse_option, parse_rate
+from makeweight.recipe import Option, Recipe
 
 T = TypeVar("T")
 
@@ -83,3 +85,31 @@ def settings(base: Recipe, given: list[str] | None) -> dict[str, dict[str, Optio
     for method, name, value in map(parse_option, given):
         found.setdefault(method, {})[name] = value
     return found
+
+
+def parse_option(text: str) -> tuple[str, str, Option]:
+    """Read "method.option=value": the value is true, false, a number, or else a word."""
+    match = re.fullmatch(r"([\w-]+)\.([\w-]+)=(.+)", text.strip())
+    if match is None:
+        raise UserError(f"setting {text!r} is not understood: write it like sde.band=16.")
+    method, name, word = match.groups()
+    if word.lower() in ("true", "false"):
+        return method, name.replace("-", "_"), word.lower() == "true"
+    for kind in (int, float):
+        try:
+            return method, name.replace("-", "_"), kind(word)
+        except ValueError:
+            continue
+    return method, name.replace("-", "_"), word
+
+
+def parse_rate(text: str) -> tuple[str, float]:
+    """Read "name=value", the learning rate of a method."""
+    name, _, word = text.partition("=")
+    try:
+        rate = float(word)
+    except ValueError:
+        rate = math.nan
+    if not name.strip() or not math.isfinite(rate):
+        raise UserError(f"learning rate {text!r} is not understood: write it like sde=3e-3.")
+    return name.strip(), rate

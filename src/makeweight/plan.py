@@ -171,6 +171,20 @@ def check(plan: Plan, recipe: Recipe, ckpt: Checkpoint) -> range:
     return blocks
 
 
+def in_pieces(plan: Plan, recipe: Recipe) -> tuple[Plan, Recipe]:
+    """Return both as learning sees them: samples are pieces of those drawn, and a step takes as many more of them.
+
+    Where nothing is learned both stay: what solves in one go sees whole samples.
+    """
+    count, calib = recipe.calib.pieces, recipe.calib
+    if count == 1 or not (plan.learns or plan.finetune):
+        return plan, recipe
+    cut = replace(calib, nsamples=calib.nsamples * count, written=calib.written * count, seqlen=calib.seqlen // count)
+    tune = replace(recipe.tune, batch_size=recipe.tune.batch_size * count)
+    finetune = plan.finetune and replace(plan.finetune, batch_size=plan.finetune.batch_size * count)
+    return replace(plan, finetune=finetune), replace(recipe, calib=cut, tune=tune)
+
+
 def _check_alike(ckpt: Checkpoint) -> None:
     """Refuse a model whose blocks hold different linears: shards, configuration and streams count on the first's."""
     first = set(ckpt.linear_shapes(0))

@@ -25,24 +25,32 @@ T = TypeVar("T")
 class Calib:
     """The text the blocks are fitted to: `nsamples` sequences of `seqlen` tokens from `dataset`.
 
-    `written` is how many more the model writes itself.
+    `written` is how many more the model writes itself. What learns sees pieces of at most `piece` tokens: all of a
+    piece attend to its first token, and few samples have few first tokens (LOG.md).
     """
 
     dataset: str = "pile-10k"
     nsamples: int = 128
     seqlen: int = 2048
     written: int = 0
+    piece: int = 256
 
     def __post_init__(self) -> None:
         _text("calib.dataset", self.dataset)
         _whole("calib.nsamples", self.nsamples, least=1)
         _whole("calib.seqlen", self.seqlen, least=2)
         _whole("calib.written", self.written, least=0)
+        _whole("calib.piece", self.piece, least=2)
 
     @property
     def samples(self) -> int:
         """All sequences."""
         return self.nsamples + self.written
+
+    @property
+    def pieces(self) -> int:
+        """How many equal pieces a sequence is cut into."""
+        return -(-self.seqlen // self.piece)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,34 +204,6 @@ def parse_blocks(text: str) -> tuple[int, int]:
     if match is None:
         raise UserError(f"blocks {text!r} is not a range: write it like 0:8 for the first eight blocks.")
     return _range((int(match[1]), int(match[2])))
-
-
-def parse_option(text: str) -> tuple[str, str, Option]:
-    """Read "method.option=value": the value is true, false, a number, or else a word."""
-    match = re.fullmatch(r"([\w-]+)\.([\w-]+)=(.+)", text.strip())
-    if match is None:
-        raise UserError(f"setting {text!r} is not understood: write it like sde.band=16.")
-    method, name, word = match.groups()
-    if word.lower() in ("true", "false"):
-        return method, name.replace("-", "_"), word.lower() == "true"
-    for kind in (int, float):
-        try:
-            return method, name.replace("-", "_"), kind(word)
-        except ValueError:
-            continue
-    return method, name.replace("-", "_"), word
-
-
-def parse_rate(text: str) -> tuple[str, float]:
-    """Read "name=value", the learning rate of a method."""
-    name, _, word = text.partition("=")
-    try:
-        rate = float(word)
-    except ValueError:
-        rate = math.nan
-    if not name.strip() or not math.isfinite(rate):
-        raise UserError(f"learning rate {text!r} is not understood: write it like sde=3e-3.")
-    return name.strip(), rate
 
 
 def _build(kind: type[T], given: object, where: str) -> T:

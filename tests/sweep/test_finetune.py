@@ -13,9 +13,10 @@ from torch import Tensor
 
 from makeweight.calib.data import calibration_tokens
 from makeweight.export.folder import Folder
+from makeweight.job import Job
 from makeweight.methods.finetune.e2e import LEAST, E2e
 from makeweight.models.load import open_checkpoint
-from makeweight.pipeline import Job, quantize
+from makeweight.pipeline import quantize
 from makeweight.recipe import Eval, Recipe
 from makeweight.report.record import Record
 from makeweight.store import Store

@@ -1,0 +1,138 @@
+"""A run before it runs: the recipe with the model and the texts it names, checked, and what follows from them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from makeweight import __version__
+from makeweight.calib.capture import find_device
+from makeweight.calib.data import calibration_tokens, evaluation_texts
+from makeweight.estimate import Estimate, estimate
+from makeweight.export import compressed_tensors
+from makeweight.export.base import Facts
+from makeweight.export.folder import Folder
+from makeweight.export.run import check as check_formats
+from makeweight.methods.base import Context
+from makeweight.models.checkpoint import Checkpoint
+from makeweight.models.load import open_checkpoint
+from makeweight.plan import Plan, check, compose, in_pieces
+from makeweight.recipe import Recipe
+from makeweight.report.record import recipe_data
+from makeweight.store import Store
+from makeweight.sweep.chain import Steps
+from makeweight.sweep.run import Solver
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A checked recipe and what it was checked against."""
+
+    recipe: Recipe
+    cut: Recipe
+    """The recipe as learning sees it: its samples are pieces of those drawn."""
+    ckpt: Checkpoint
+    plan: Plan
+    blocks: range
+    device: torch.device
+    estimate: Estimate
+    tokens_NT: Tensor | None
+    """The calibration samples, in pieces; None where nothing needs any."""
+
+    @classmethod
+    def prepare(cls, recipe: Recipe) -> Job:
+        """Open the model and the texts and refuse whatever cannot work; nothing is written."""
+        plan = compose(recipe.method, options=recipe.options, rates=recipe.tune.rates)
+        device = find_device(recipe.tune.device)
+        ckpt = open_checkpoint(recipe.model, trust_remote_code=recipe.trust_remote_code)
+        blocks = check(plan, recipe, ckpt)
+        ckpt.check_sound()
+        tokenizer = ckpt.tokenizer()
+        wanted = recipe.eval
+        texts = evaluation_texts(tokenizer, wanted.datasets, seqlen=wanted.seqlen, windows=wanted.windows)
+        plan, cut = in_pieces(plan, recipe)
+        tokens_NT = None
+        if plan.calibrates:
+            calib, length = recipe.calib, cut.calib.seqlen
+            drawn_NT = calibration_tokens(
+                tokenizer, calib.dataset, nsamples=calib.nsamples, seqlen=calib.seqlen, seed=recipe.seed
+            )
+            tokens_NT = drawn_NT[:, : calib.seqlen // length * length].reshape(-1, length)
+        job = cls(
+            recipe=recipe,
+            cut=cut,
+            ckpt=ckpt,
+            plan=plan,
+            blocks=blocks,
+            device=device,
+            tokens_NT=tokens_NT,
+            estimate=estimate(plan, cut, ckpt, blocks, device, windows=sum(map(len, texts))),
+        )
+        Folder.check(recipe.out, identity=job.identity())
+        check_formats(Path(recipe.out).expanduser(), recipe.formats, job.facts(), identity=job.identity())
+        return job
+
+    def facts(self) -> Facts:
+        """Return what formats ask, as far as it is known before anything is solved."""
+        return Facts.of(
+            json.loads((self.ckpt.path / "config.json").read_text(encoding="utf-8")),
+            scheme=self.recipe.scheme,
+            folder=self.ckpt.path,
+            fp16_scales=self.recipe.scheme.scale_dtype != "float32",
+            shapes={
+                self.ckpt.block_names(i)[f"{name}.weight"].removesuffix(".weight"): shape
+                for i in self.blocks
+                for name, shape in self.ckpt.linear_shapes(i).items()
+            },
+        )
+
+    def identity(self) -> str:
+        """Return a hash of all that decides the bytes of the weights."""
+        data = recipe_data(self.recipe)
+        for name in ("model", "out", "eval", "formats", "trust_remote_code"):
+            del data[name]
+        # The plan holds every setting that the recipe leaves to its default: a release may change one.
+        text = json.dumps([data, repr(self.plan), self.ckpt.fingerprint(), __version__], sort_keys=True)
+        tokens = b"" if self.tokens_NT is None else self.tokens_NT.numpy().tobytes()
+        return hashlib.sha256(text.encode() + tokens).hexdigest()
+
+    def solver(self) -> Solver:
+        """Return what solves one block."""
+        recipe, tune, stored = self.recipe, self.cut.tune, self.ckpt.dtype
+        named = recipe.scheme.scale_dtype
+        automatic = torch.float16 if stored == torch.float32 else stored
+        return Solver(
+            steps=Steps(exact=self.plan.exact, maps=self.plan.maps, grid=self.plan.grid),
+            rounding=self.plan.rounding,
+            judge_weights=self.plan.loss.weights(),
+            same_input=self.plan.target.weight if self.plan.target else 0.0,
+            tune=tune,
+            seed=recipe.seed,
+            context=Context(
+                scheme=recipe.scheme,
+                steps=tune.steps,
+                dtype=getattr(torch, tune.dtype),
+                spec=self.ckpt.spec,
+                config=self.ckpt.config,
+                scale_dtype=automatic if named == "auto" else getattr(torch, named),
+            ),
+        )
+
+    def store(self, folder: Folder) -> Store:
+        """Return the blocks that a folder holds of this run."""
+        dtype = getattr(torch, self.recipe.tune.dtype)
+        return Store(ckpt=self.ckpt, folder=folder, scheme=self.recipe.scheme, dtype=dtype)
+
+    def config(self) -> dict[str, Any]:
+        """Return config.json: the model's own, with the quantization described."""
+        config = json.loads((self.ckpt.path / "config.json").read_text(encoding="utf-8"))
+        solved = {f"{self.ckpt.block_module_path(i)}.{name}" for i in self.blocks for name in self.ckpt.linears()}
+        ignore = [name for name in self.ckpt.all_linears() if name not in solved]
+        config["quantization_config"] = compressed_tensors.quantization_config(self.recipe.scheme, ignore)
+        return config
