@@ -162,6 +162,14 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         Recipe.load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("seqlen", "piece", "count"), [(2048, 256, 8), (256, 256, 1), (257, 256, 2), (10, 256, 1), (3, 2, 1), (7, 2, 3)]
+)
+def test_pieces_are_no_longer_than_asked_but_of_two_tokens_at_least(seqlen: int, piece: int, count: int) -> None:
+    assert Calib(seqlen=seqlen, piece=piece).pieces == count
+    assert seqlen // count <= max(piece, 3) and seqlen // count >= 2
+
+
 def test_parse_blocks() -> None:
     assert parse_blocks("0:8") == (0, 8)
     for wrong in ("8", "a:b", "8:0", "-1:4", "0:8:2", ""):

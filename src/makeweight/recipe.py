@@ -50,7 +50,7 @@ class Calib:
     @property
     def pieces(self) -> int:
         """How many equal pieces a sequence is cut into."""
-        return -(-self.seqlen // self.piece)
+        return min(-(-self.seqlen // self.piece), self.seqlen // 2)
 
 
 @dataclass(frozen=True, kw_only=True)
