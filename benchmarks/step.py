@@ -27,6 +27,7 @@ from makeweight.calib.capture import place
 from makeweight.methods.base import Context
 from makeweight.models.attention import speed_up
 from makeweight.numerics.attention import causal_attention
+from makeweight.numerics.flips import Curvature
 from makeweight.numerics.flops import matmul_rate, step_flops
 from makeweight.numerics.grid import clipped_grid, from_codes, grouped, qparams
 from makeweight.numerics.memory import keep_freed_memory
@@ -37,7 +38,7 @@ from makeweight.sweep.chain import Chain, Steps
 from makeweight.sweep.descent import Descent
 from makeweight.sweep.judge import Judge
 
-METHODS = ("lwc", "lwc+sde", "lwc+sde+cl", "autoround", "autoround+cl")
+METHODS = ("lwc", "lwc+sde", "lwc+sde+cl", "autoround", "flipround", "flipround+cl")
 SEQLEN = 512
 SCHEME = Scheme(bits=3, group_size=64)
 SIZES = {  # hidden size, intermediate size, query heads, key and value heads
@@ -113,6 +114,7 @@ def measure_block(title: str, batch: int, device: torch.device, budget: float) -
         plan = plans[method]
         chain = Chain.build(blocks[0].state(), Steps(maps=plan.maps, grid=plan.grid), context).to(device)
         judge = Judge(blocks=tuple(blocks[: ahead[method] + 1]), weights=plan.loss.weights(), device=device)
+        chain.quantizer.take_curvature(lambda: {name: _flat(weight_OI) for name, weight_OI in chain.base.items()})
         descent = Descent(chain.learnables(), steps=1)
         targets = [hidden_BTD] * len(judge.blocks)
 
@@ -139,6 +141,11 @@ def measure_block(title: str, batch: int, device: torch.device, budget: float) -
             }
         )  # fmt: skip
     return rows
+
+
+def _flat(weight_OI: Tensor) -> Curvature:
+    """Return a curvature that is the same everywhere: what it is does not change the time of a step."""
+    return torch.ones_like(weight_OI[:, :1]), torch.ones_like(weight_OI[0])
 
 
 def sde_overhead(rows: Sequence[dict[str, float | str]]) -> float:

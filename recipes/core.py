@@ -1,6 +1,6 @@
 """The whole of SmolLM2-135M at W3A16g64, calibrated on 128 x 512 tokens: methods from round-to-nearest on.
 
-Clipping alone and with SDE and CL, learned rounding alone and with the scales of the whole network learned after it.
+Clipping alone and with SDE and CL; benchmarks.peers has the whole model by learned rounding.
 
     python -m recipes.core
 
@@ -17,7 +17,7 @@ from makeweight.numerics.scheme import Scheme
 from makeweight.recipe import Calib, Recipe, Tune
 from recipes.common import Results
 
-METHODS = ("rtn", "lwc", "lwc+sde+cl", "autoround", "autoround+e2e")
+METHODS = ("rtn", "lwc", "lwc+sde+cl")
 
 
 def recipe(method: str) -> Recipe:

@@ -15,7 +15,7 @@ from benchmarks.peers.table import markdown
 from recipes import hosts
 
 START, END = "<!-- results -->", "<!-- /results -->"
-METHODS = ("rtn", "lwc", "lwc+lsi", "lwc+sde", "lwc+cl", "lwc+sde+cl", "autoround", "autoround+e2e")
+METHODS = ("rtn", "lwc", "lwc+lsi", "lwc+sde", "lwc+cl", "lwc+sde+cl")
 Cells = dict[str, dict[str, Any]]
 
 

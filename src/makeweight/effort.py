@@ -27,7 +27,7 @@ EFFORTS: dict[str, Effort] = {
     "light": Effort(method="autoround+e2e", steps=40, batch_size=4, options={"e2e": {"steps": 15}}),
     "default": Effort(method=Recipe.method, steps=Tune.steps, batch_size=Tune.batch_size),
     "best": Effort(
-        method="flipround+cl+e2e", steps=400, batch_size=4, options={"e2e": {"steps": 200}}, written=Calib.nsamples
+        method=Recipe.method, steps=400, batch_size=4, options={"e2e": {"steps": 200}}, written=Calib.nsamples
     ),
 }
 

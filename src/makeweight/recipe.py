@@ -117,7 +117,7 @@ class Recipe:
 
     model: str
     out: str
-    method: str = "autoround+cl+e2e"
+    method: str = "flipround+cl+e2e"
     scheme: Scheme = field(default_factory=Scheme)
     blocks: tuple[int, int] | None = None
     calib: Calib = field(default_factory=Calib)
