@@ -113,7 +113,7 @@ def _continue(model: torch.nn.Module, start_PL: Tensor, length: int, generator: 
 
 
 def _drawn(chances_PV: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw a token of each row, int64 (P, 1); a tenth of multinomial's time on a CPU."""
+    """Draw a token of each row, int64 (P, 1); a fifth of multinomial's time on a CPU."""
     reached_PV = chances_PV.double().cumsum(-1)
     draw_P1 = torch.rand(len(chances_PV), 1, generator=generator, dtype=torch.float64).to(reached_PV.device)
     # right=True: never a token without a chance.
