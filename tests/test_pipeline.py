@@ -192,6 +192,16 @@ def test_learning_sees_pieces_of_the_samples(llama: Path, tmp_path: Path, text: 
     assert tokens_NT is not None and tokens_NT.shape == (4, 25), "nothing is learned"
 
 
+@pytest.mark.parametrize(("seqlen", "piece"), [(25, 12), (20, 3), (24, 7)])
+def test_there_are_as_many_pieces_as_is_counted_on(
+    seqlen: int, piece: int, llama: Path, tmp_path: Path, text: Path
+) -> None:
+    calib = Calib(dataset=str(text), nsamples=2, seqlen=seqlen, piece=piece)
+    job = Job.prepare(small(llama, tmp_path / "out", text, method="lwc", calib=calib))
+    assert job.tokens_NT is not None
+    assert job.tokens_NT.shape == (job.cut.calib.nsamples, job.cut.calib.seqlen)
+
+
 def test_a_rate_of_zero_learns_nothing(llama: Path, tmp_path: Path, text: Path) -> None:
     lwc = small(llama, tmp_path / "lwc", text, method="lwc", eval=NOT_MEASURED)
     still = replace(lwc, method="lwc+sde", out=str(tmp_path / "still"), tune=replace(lwc.tune, rates={"sde": 0.0}))

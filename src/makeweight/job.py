@@ -60,10 +60,11 @@ class Job:
         tokens_NT = None
         if plan.calibrates:
             calib, length = recipe.calib, cut.calib.seqlen
+            count = cut.calib.nsamples // calib.nsamples
             drawn_NT = calibration_tokens(
                 tokenizer, calib.dataset, nsamples=calib.nsamples, seqlen=calib.seqlen, seed=recipe.seed
             )
-            tokens_NT = drawn_NT[:, : calib.seqlen // length * length].reshape(-1, length)
+            tokens_NT = drawn_NT[:, : count * length].reshape(-1, length)
         job = cls(
             recipe=recipe,
             cut=cut,
