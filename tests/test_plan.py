@@ -117,7 +117,7 @@ def test_impossible_methods(method: str, says: str) -> None:
         ("sde", {"sde": {"drift": 0.0}}, "drift 0.0"),
         ("lwc+cl", {"cl": {"ahead": 0}}, "ahead 0"),
         ("lwc+cl", {"cl": {"decay": 0.0}}, "decay 0.0"),
-        ("lwc+e2e", {"e2e": {"steps": 0}}, "e2e: steps 0 and batch_size 4 must be at least 1"),
+        ("lwc+e2e", {"e2e": {"steps": 0}}, "e2e: steps 0 and batch_size 1 must be at least 1"),
         ("autoround", {"autoround": {"start": "hqq"}}, "learned rounding: start 'hqq' is unknown: choose mse"),
         (
             "autoround",

@@ -30,6 +30,8 @@ EFFICIENCY = 0.5
 """Share of the matrix-product rate that learning reaches (benchmarks/step.py)."""
 WRITING = 0.2
 """Share of that at which a model writes, token by token."""
+GRID_TOKENS = 256
+"""Tokens whose products take as long as putting every weight on its grid does in a step of the whole network."""
 BASE_BYTES = 700e6
 """Python, torch and transformers."""
 DENSE = "dense"
@@ -201,12 +203,13 @@ def _finetuning(
 def _finetune_work(
     step: FinetuneStep, recipe: Recipe, ckpt: Checkpoint, shapes: dict[int, list[tuple[int, int]]]
 ) -> float:
-    """Return operations: a forward pass, perhaps one more to recompute it, the backward pass, the head's products."""
+    """Return operations: a forward pass, perhaps one more to recompute it, the backward pass, the grid, the head."""
     config, calib = ckpt.config.get_text_config(), recipe.calib
     tokens = step.batch_size * calib.seqlen
     blocks = sum(block_flops(found, config.hidden_size, step.batch_size, calib.seqlen) for found in shapes.values())
+    grid = 6 * GRID_TOKENS * sum(math.prod(shape) for found in shapes.values() for shape in found)
     head = 2 * tokens * config.hidden_size * config.vocab_size
-    return step.steps * ((4 / 3 if step.recompute else 1) * blocks + 3 * head)
+    return step.steps * ((4 / 3 if step.recompute else 1) * (blocks + grid) + 3 * head)
 
 
 def _evaluating(recipe: Recipe, ckpt: Checkpoint, shapes: Sequence[tuple[int, int]], windows: int) -> float:

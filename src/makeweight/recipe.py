@@ -60,8 +60,8 @@ class Tune:
     `rates` overrides the learning rates of methods by name, as in {"sde": 3e-3}.
     """
 
-    steps: int = 120
-    batch_size: int = 4
+    steps: int = 240
+    batch_size: int = 2
     checks: int = 5
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -253,8 +253,8 @@ class FinetuneStep(Step):
     stage: ClassVar[Stage] = Stage.FINETUNE
     learns: ClassVar[bool] = False
     reads_inputs: ClassVar[bool] = True
-    steps: int = 60
-    batch_size: int = 4
+    steps: int = 200
+    batch_size: int = 1
     recompute: bool = True
 
     @abstractmethod
