@@ -70,10 +70,24 @@ def _notes(cells: Mapping[str, Mapping[str, Any]], order: Sequence[str]) -> str:
     lines.append(f"- {GAP_NOTE}")
     lines.append(f"- {COSTS_NOTE}")
     lines += _machines(cells)
-    noted = dict.fromkeys((name.partition("/")[2], cell["note"]) for name, cell in cells.items() if cell.get("note"))
-    lines += [f"- `{name}`: {note}." for name, note in sorted(noted, key=lambda pair: order.index(pair[0]))]
+    lines += _remarks(cells, order)
     lines += [f"- Not run: {name}; {reason}." for name, reason in NOT_RUN.items()]
     return "\n".join(lines)
+
+
+def _remarks(cells: Mapping[str, Mapping[str, Any]], order: Sequence[str]) -> list[str]:
+    """Say what is special about each run, and in which settings where that is not the same in all."""
+    noted: dict[str, dict[str, list[str]]] = {}
+    for name, cell in cells.items():
+        if note := cell.get("note"):
+            setting, _, run = name.partition("/")
+            noted.setdefault(run, {}).setdefault(note, []).append(setting)
+    lines = []
+    for run, notes in sorted(noted.items(), key=lambda pair: order.index(pair[0])):
+        for note, settings in notes.items():
+            where = f" at {', '.join(settings)}" if len(notes) > 1 else ""
+            lines.append(f"- `{run}`{where}: {note}.")
+    return lines
 
 
 def _machines(cells: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -155,5 +155,7 @@ def test_table() -> None:
     )
     cells["W2A16g64/lwc"] |= {"rate_gflops": 410}
     assert "different machines" not in markdown(cells) and "- `hqq`: its note." in markdown(cells)
+    cells["W4A16/hqq"] = {**cells["W2A16g64/hqq"], "setting": "W4A16", "note": "its older note"}
+    assert "- `hqq` at W2A16g64: its note.\n- `hqq` at W4A16: its older note." in markdown(cells)
     cells["W2A16g64/lwc"] |= {"rate_gflops": 800}
     assert "W2A16g64 may be of different machines (bf16 products, GFLOP/s: `hqq` 400, `lwc` 800)" in markdown(cells)
