@@ -124,7 +124,7 @@ def test_weights_with_nan(work: Workplace, name: str, method: str) -> None:
         ("--scheme W3A16g48", "group size 48 does not divide the 64 inputs of model.layers.0.self_attn.q_proj: use"),
         ("--scheme W3A16g48", "use one of 16, 32, 64, or -1"),
         ("--blocks 1:9", "blocks 1:9 do not exist"),
-        ("--seqlen 300", "seqlen 300 is longer than the 256 positions of tiny"),
+        ("--seqlen 300 --piece 300", "seqlen 300 is longer than the 256 positions of tiny"),
         ("--set sde.bnad=3", "sde has no setting 'bnad' (did you mean 'band'?)"),
         ("--set sde.band=wide", "sde.band='wide' is not possible"),
         ("--set sde.band=-3", "band -3"),

@@ -186,5 +186,5 @@ def test_learning_codes_of_the_whole_network_is_dear(recipe: Recipe, ckpt: Check
         )
         for rounding in (False, True)
     )
-    assert codes.memory_bytes - scales.memory_bytes == pytest.approx(20 * weights)
+    assert codes.memory_bytes - scales.memory_bytes == pytest.approx(24 * weights)
     assert codes.disk_bytes - scales.disk_bytes == 32 * weights

@@ -113,6 +113,7 @@ def test_impossible_methods(method: str, says: str) -> None:
         ("sde", {"sde": {"drift": True}}, "sde.drift=True is not possible"),
         ("lwc", {"lwc": {"logit": "big"}}, "lwc.logit='big' is not possible"),
         ("lwc", {"sde": {"band": 2}}, "a setting is given for 'sde', which is not part of 'lwc'"),
+        ("omniquant", {"omniquant": {"rate": 0.1}}, "'omniquant', which stands for let, lwc: give it to one of these"),
         ("sde", {"sde": {"band": -1}}, "band -1"),
         ("sde", {"sde": {"drift": 0.0}}, "drift 0.0"),
         ("lwc+cl", {"cl": {"ahead": 0}}, "ahead 0"),
@@ -217,8 +218,10 @@ def test_blocks_that_hold_different_linears(ckpt: Checkpoint, monkeypatch: pytes
 
 def test_samples_longer_than_the_model(ckpt: Checkpoint) -> None:
     long = Calib(seqlen=257)
-    with pytest.raises(UserError, match="seqlen 257 is longer than the 256 positions of tiny: give 256 or less"):
-        checked(ckpt, calib=long)
+    for method, calib in (("lwc", Calib(seqlen=257, piece=257)), ("gptq", long)):
+        with pytest.raises(UserError, match="seqlen 257 is longer than the 256 positions of tiny: give 256 or less"):
+            checked(ckpt, method=method, calib=calib)
+    assert checked(ckpt, calib=long) == range(3), "what learns sees pieces, which fit"
     assert checked(ckpt, method="rtn", calib=long) == range(3), "nothing is calibrated, so no length matters"
 
 

@@ -52,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     if code == INTERRUPTED:
-        print("makeweight: stopped; the same command resumes after the last finished block.", file=sys.stderr)
+        resumes = "; the same command resumes after the last finished block" if words[0] in ("quantize", "demo") else ""
+        print(f"makeweight: stopped{resumes}.", file=sys.stderr)
     return code if isinstance(code, int) else 0
 
 

@@ -20,6 +20,7 @@ from makeweight.numerics.attention import kept_bytes
 from makeweight.numerics.flops import block_flops, matmul_rate, step_flops
 from makeweight.plan import Plan
 from makeweight.recipe import Recipe
+from makeweight.sweep import finetune, fit
 from makeweight.sweep.curvature import PROBES
 from makeweight.sweep.finetune import LOGIT_BYTES
 
@@ -64,18 +65,26 @@ def _span(seconds: float) -> str:
 
 
 def estimate(
-    plan: Plan, recipe: Recipe, ckpt: Checkpoint, blocks: range, device: torch.device, *, windows: int = 0
+    plan: Plan,
+    recipe: Recipe,
+    ckpt: Checkpoint,
+    blocks: range,
+    device: torch.device,
+    *,
+    windows: int = 0,
+    solved: bool = False,
 ) -> Estimate:
     """Estimate a run from shapes, and time from this machine's own matrix-product rates, measured in a moment.
 
-    `windows` is how many are evaluated. Raises UserError where the disk cannot hold the result.
+    `windows` is how many are evaluated; of what is `solved` only formats are still to be written. Raises UserError
+    where the disk cannot hold the result.
     """
     shapes = {index: list(ckpt.linear_shapes(index).values()) for index in range(ckpt.n_blocks)}
     result = _disk(recipe, ckpt, shapes, blocks)
-    disk = result + sum(_plain(ckpt) if name == DENSE else result for name in dict.fromkeys(recipe.formats))
-    if plan.finetune is not None:
-        disk += _scratch(plan.finetune, recipe, shapes, blocks)
-    _check_disk(recipe, disk)
+    disk = sum(_plain(ckpt) if name == DENSE else result for name in dict.fromkeys(recipe.formats))
+    if not solved:
+        disk += result + (_scratch(plan.finetune, recipe, shapes, blocks) if plan.finetune else 0)
+    _check_disk(recipe, disk, solved=solved)
     largest = max(shapes.values(), key=lambda found: sum(math.prod(shape) for shape in found))
     outside = BASE_BYTES + _resident(ckpt)
     memory = outside + 10 * sum(map(math.prod, largest))  # a block as it is read, in fp32, quantized, and its codes
@@ -99,10 +108,11 @@ def estimate(
     )
 
 
-def _check_disk(recipe: Recipe, disk: float) -> None:
+def _check_disk(recipe: Recipe, disk: float, *, solved: bool) -> None:
     """Refuse a result that does not fit; what an earlier run has written of it is there already."""
     out = Path(recipe.out).expanduser().absolute()
-    written = sum(file.stat().st_size for file in out.rglob("*") if file.is_file()) if os.path.isdir(out) else 0
+    begun = not solved and os.path.isdir(out)
+    written = sum(file.stat().st_size for file in out.rglob("*") if file.is_file()) if begun else 0
     disk_of = next(path for path in (out, *out.parents) if os.path.exists(path))
     if (free := shutil.disk_usage(disk_of).free) < (wanted := disk - written):
         raise UserError(
@@ -203,13 +213,15 @@ def _finetuning(
 def _finetune_work(
     step: FinetuneStep, recipe: Recipe, ckpt: Checkpoint, shapes: dict[int, list[tuple[int, int]]]
 ) -> float:
-    """Return operations: a forward pass, perhaps one more to recompute it, the backward pass, the grid, the head."""
+    """Return operations of steps (forward, perhaps that again, backward, grid, head), of the original, of checks."""
     config, calib = ckpt.config.get_text_config(), recipe.calib
     tokens = step.batch_size * calib.seqlen
     blocks = sum(block_flops(found, config.hidden_size, step.batch_size, calib.seqlen) for found in shapes.values())
     grid = 6 * GRID_TOKENS * sum(math.prod(shape) for found in shapes.values() for shape in found)
     head = 2 * tokens * config.hidden_size * config.vocab_size
-    return step.steps * ((4 / 3 if step.recompute else 1) * (blocks + grid) + 3 * head)
+    checked = (finetune.CHECKS + 1) * max(1, calib.samples // finetune.HELD_OUT)
+    passes = calib.samples / step.batch_size * blocks / 3 + checked / step.batch_size * (blocks / 3 + 2 * head)
+    return step.steps * ((4 / 3 if step.recompute else 1) * (blocks + grid) + 3 * head) + passes
 
 
 def _evaluating(recipe: Recipe, ckpt: Checkpoint, shapes: Sequence[tuple[int, int]], windows: int) -> float:
@@ -256,4 +268,6 @@ def _block_work(plan: Plan, recipe: Recipe, ckpt: Checkpoint, shapes: Sequence[t
     if not plan.learns:
         return passes
     steps = tune.steps + (PROBES if plan.grid.by_flips else 0)
+    checked = (tune.checks + 2) * max(1, calib.samples // fit.HELD_OUT)
+    passes += (1 + ahead) * block_flops(shapes, hidden, checked, calib.seqlen) / 3
     return passes + steps * step_flops(shapes, hidden, tune.batch_size, calib.seqlen, ahead=ahead, band=plan.band)

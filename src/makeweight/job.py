@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from makeweight.export import compressed_tensors
 from makeweight.export.base import Facts
 from makeweight.export.folder import Folder
 from makeweight.export.run import check as check_formats
+from makeweight.export.run import target_of
 from makeweight.methods.base import Context
 from makeweight.models.checkpoint import Checkpoint
 from makeweight.models.load import open_checkpoint
@@ -65,6 +66,9 @@ class Job:
                 tokenizer, calib.dataset, nsamples=calib.nsamples, seqlen=calib.seqlen, seed=recipe.seed
             )
             tokens_NT = drawn_NT[:, : count * length].reshape(-1, length)
+        folder = Folder(Path(recipe.out).expanduser(), ckpt.n_blocks + 1)
+        exported = [name for name in recipe.formats if target_of(folder.path, name, None).is_dir()]
+        missing = replace(cut, formats=tuple(name for name in recipe.formats if name not in exported))
         job = cls(
             recipe=recipe,
             cut=cut,
@@ -73,7 +77,7 @@ class Job:
             blocks=blocks,
             device=device,
             tokens_NT=tokens_NT,
-            estimate=estimate(plan, cut, ckpt, blocks, device, windows=sum(map(len, texts))),
+            estimate=estimate(plan, missing, ckpt, blocks, device, windows=sum(map(len, texts)), solved=folder.done),
         )
         Folder.check(recipe.out, identity=job.identity())
         check_formats(Path(recipe.out).expanduser(), recipe.formats, job.facts(), identity=job.identity())
@@ -98,6 +102,7 @@ class Job:
         data = recipe_data(self.recipe)
         for name in ("model", "out", "eval", "formats", "trust_remote_code"):
             del data[name]
+        data["tune"]["device"] = self.device.type  # devices differ in the last bits
         # The plan holds every setting that the recipe leaves to its default: a release may change one.
         text = json.dumps([data, repr(self.plan), self.ckpt.fingerprint(), __version__], sort_keys=True)
         tokens = b"" if self.tokens_NT is None else self.tokens_NT.numpy().tobytes()

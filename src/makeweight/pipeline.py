@@ -14,8 +14,8 @@ from makeweight.calib.written import written_tokens
 from makeweight.errors import UserError
 from makeweight.export import manifest
 from makeweight.export.folder import OWN, Folder
-from makeweight.export.run import export_model
-from makeweight.export.solved import REPAIR
+from makeweight.export.run import write_formats
+from makeweight.export.solved import REPAIR, Solved
 from makeweight.job import Job
 from makeweight.numerics.memory import keep_freed_memory, peak_memory, release_freed_memory, reset_peak_memory
 from makeweight.recipe import Recipe
@@ -118,7 +118,7 @@ class Run:
         return Committed(codes=codes, rest={}, report={"seconds": time.perf_counter() - start})
 
     def finetune(self) -> None:
-        """Learn what the method learns of the whole network, once; where a run dies, a few steps are lost.
+        """Learn what the method learns of the whole network, once; a run that dies goes on from its last check.
 
         What was learned is written as a whole before any shard changes, and goes into each shard from there.
         """
@@ -161,11 +161,11 @@ class Run:
         same = [item["format"] for item in record.exports] == list(dict.fromkeys(job.recipe.formats))
         if same and all(Path(item["path"]).is_dir() for item in record.exports):
             return record
-        found = export_model(folder.path, job.recipe.formats)
+        found = write_formats(Solved(folder.path), job.recipe.formats) if job.recipe.formats else ()
         exports = tuple({**asdict(item), "path": str(item.path)} for item in found)
         record = replace(record, recipe=recipe_data(job.recipe), exports=exports)
         folder.unseal()
-        folder.write_text(FILE, record.to_json())
+        self._write(record)
         folder.seal()
         return record
 
@@ -196,5 +196,10 @@ class Run:
                 peak_gpu_bytes=torch.cuda.max_memory_allocated() if job.device.type == "cuda" else 0,
             ),
         )
-        folder.write_text(FILE, record.to_json())
+        self._write(record)
         return record
+
+    def _write(self, record: Record) -> None:
+        """Write the record, and the recipe that gives it: evaluation and formats may be others than before."""
+        self.folder.write_text("recipe.json", self.job.recipe.to_json())
+        self.folder.write_text(FILE, record.to_json())

@@ -76,6 +76,9 @@ def compose(
     for name, rate in (rates or {}).items():
         changes.setdefault(name, {})["rate"] = rate
     for name in changes:
+        if name in COMPOSED and set(COMPOSED[name].parts) <= set(names):
+            parts = ", ".join(COMPOSED[name].parts)
+            raise UserError(f"a setting is given for {name!r}, which stands for {parts}: give it to one of these.")
         if name not in names:
             raise UserError(
                 f"a setting is given for {name!r}, which is not part of {method!r}: add it or leave it out."
@@ -160,7 +163,7 @@ def check(plan: Plan, recipe: Recipe, ckpt: Checkpoint) -> range:
             recipe.scheme.group_of(width, f"{ckpt.block_module_path(index)}.{name}")
     limit = getattr(ckpt.config.get_text_config(), "max_position_embeddings", None)
     wanted = {
-        "seqlen": recipe.calib.seqlen if plan.calibrates else 0,
+        "seqlen": in_pieces(plan, recipe)[1].calib.seqlen if plan.calibrates else 0,
         "eval seqlen": recipe.eval.seqlen if recipe.eval.datasets else 0,
     }
     for name, length in wanted.items():

@@ -192,6 +192,17 @@ def test_what_was_left_alone_has_a_rule(tmp_path: Path) -> None:
     assert not skipped("model.layers.11.self_attn.q_proj") and not skipped("lm_head")
 
 
+def test_what_was_left_alone_where_tensors_lack_the_models_prefix(tmp_path: Path) -> None:
+    solved = a_solved_folder(tmp_path, "W3A16g32")
+    left = ("model.decoder.project_in", "model.decoder.layers.1.fc1", "model.decoder.layers.2.attn.q_proj")
+    vars(solved).update(ignore=left, names=("decoder.layers.0.fc1", "decoder.layers.1.fc2"))
+    assert list(Gptq().quantization_config(solved)["dynamic"]) == [
+        r"-:^model\.decoder\.project_in(\.|$)",
+        r"-:^model\.decoder\.layers\.1\.fc1(\.|$)",
+        r"-:^model\.decoder\.layers\.2\.attn(\.|$)",
+    ]
+
+
 def test_auto_round_describes_the_same_tensors(tmp_path: Path) -> None:
     solved = a_solved_folder(tmp_path, "W3A16g32")
     ours, other = export_model(solved.path, ["gptq", "auto-round"], out=tmp_path / "formats")

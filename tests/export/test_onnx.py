@@ -123,6 +123,7 @@ def facts(scheme: str = "W4A16g32", width: int = 192, **changes: Any) -> Facts:
         (facts("W8A8"), "does not round what enters a linear"),
         (facts("W4A16g24"), "model.layers.0.x has groups of 24 inputs"),
         (facts("W4A16", width=200), "model.layers.0.x has groups of 200 inputs"),
+        (facts(shapes={"layers.0.x": (8, 192)}), r"without a prefix \(layers\.0\.x\), save it once with"),
         (facts(config={"model_type": "llama", "hidden_act": "gelu"}), "has the activation gelu"),
         (
             facts(config={"model_type": "llama", "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}),

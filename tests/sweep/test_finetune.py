@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ from torch import Tensor
 from makeweight.calib.data import calibration_tokens
 from makeweight.export.folder import Folder
 from makeweight.job import Job
-from makeweight.methods.finetune.e2e import LEAST, E2e
+from makeweight.methods.base import Context
+from makeweight.methods.finetune.e2e import LEAST, E2e, Scales
 from makeweight.models.load import open_checkpoint
+from makeweight.numerics.scheme import Scheme
 from makeweight.pipeline import quantize
-from makeweight.recipe import Eval, Recipe
+from makeweight.recipe import Calib, Eval, Recipe
 from makeweight.report.record import Record
 from makeweight.store import Store
 from makeweight.sweep import finetune
@@ -204,3 +207,25 @@ def test_killed_on_the_way(owner: type, name: str, call: int, llama: Path, text:
     assert shards == {k: data for k, data in files(tmp_path / "straight").items() if k.endswith(".safetensors")}
     assert record.digest == straight.digest == Record.load(tmp_path / "out").digest
     assert not list((tmp_path / "out").glob("*scratch*"))
+
+
+def test_norms_of_a_wide_checkpoint_are_copied() -> None:
+    """The typical size of a norm, which the rate follows, is that of the original whatever was learned since."""
+    rest = {"input_layernorm.weight": torch.ones(4)}
+    scheme, wide = Scheme(bits=3, group_size=32), torch.float32
+    held = Scales({}, rest, Context(scheme=scheme, scale_dtype=wide, dtype=wide, steps=1), E2e())
+    with torch.no_grad():
+        next(iter(held.norms.values())).mul_(2)
+    assert torch.equal(rest["input_layernorm.weight"], torch.ones(4))
+
+
+def test_positions_that_are_learned_and_few_words(text: Path, tmp_path: Path) -> None:
+    """All logits of a batch fit at once, its positions do not."""
+    recipe = a_recipe(
+        tiny_folder("opt", tmp_path / "source"),
+        tmp_path / "out",
+        text,
+        calib=Calib(dataset=str(text), nsamples=4, seqlen=200, piece=200),
+        options={"e2e": {"steps": 1, "batch_size": 2}},
+    )
+    assert math.isfinite(quantize(recipe).finetune["after"])

@@ -59,7 +59,8 @@ class Folder:
         found = _read_json(folder / MARKER)
         if found is not None and found.get("identity") != identity:
             raise UserError(
-                f"{folder} belongs to a run with another recipe or model: give another --out, or delete it."
+                f"{folder} belongs to a run with another recipe, model or kind of device: give another --out, or "
+                "delete it."
             )
         if found is not None:
             return

@@ -120,10 +120,16 @@ def left_alone(solved: Solved) -> list[str]:
     found: dict[str, None] = {}
     for name in solved.ignore:
         parent = name.rpartition(".")[0]
-        mixed = not parent or any(other.startswith(f"{parent}.") for other in solved.names)
+        mixed = not parent or any(_inside(other, parent) for other in solved.names)
         if name != "lm_head":
             found[name if mixed else parent] = None
     return list(found)
+
+
+def _inside(stored: str, module: str) -> bool:
+    """Whether a stored name lies in a module; some checkpoints are stored without the first parts of all names."""
+    parts = module.split(".")
+    return any(stored.startswith(f"{'.'.join(parts[first:])}.") for first in range(len(parts)))
 
 
 def json_text(value: Mapping[str, Any]) -> str:

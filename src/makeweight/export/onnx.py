@@ -173,6 +173,8 @@ class Onnx(Format):
         if facts.scheme.activations != 16:
             return "MatMulNBits does not round what enters a linear token by token, as W8A8 means"
         for name, (_, width) in facts.shapes.items():
+            if not name.startswith(f"{graph.SPEC.blocks}."):
+                return f"its tensors are named without a prefix ({name}), save it once with AutoModelForCausalLM"
             group = width if facts.scheme.group_size == -1 else facts.scheme.group_size
             if block_of(group) is None:
                 return f"{name} has groups of {group} inputs, and a block of MatMulNBits has a multiple of {SMALLEST}"

@@ -12,7 +12,7 @@ from pathlib import Path
 from makeweight.errors import UserError, did_you_mean
 from makeweight.export import manifest
 from makeweight.export.base import Facts, Format, deviation
-from makeweight.export.folder import NOTE
+from makeweight.export.folder import NOTE, Folder
 from makeweight.export.formats import FORMATS
 from makeweight.export.hf import write_json
 from makeweight.export.manifest import tensor_hash
@@ -62,11 +62,18 @@ def export_model(path: str | Path, formats: Sequence[str], *, out: str | Path | 
 
     Nothing is solved again, and what an earlier call wrote from the same folder is not written again unless it is
     damaged. Raises UserError, before anything is written, for a format that is unknown or cannot hold the model, and
-    for a folder that holds something else; RuntimeError where what was written reads back differently.
+    for a folder that holds something else, or a solved one that another process is using; RuntimeError where what was
+    written reads back differently.
     """
     if not formats:
         return []
     solved = Solved(path)
+    with Folder(solved.path, 0).alone():
+        return write_formats(solved, formats, out=out)
+
+
+def write_formats(solved: Solved, formats: Sequence[str], *, out: str | Path | None = None) -> list[Exported]:
+    """Do what `export_model` does, for a caller that keeps other processes out of the solved folder itself."""
     targets = check(solved.path, formats, solved.facts, identity=solved.identity, out=out)
     return [_sound(target, solved.identity) or _export(form, solved, target) for form, target in targets]
 

@@ -32,6 +32,8 @@ from makeweight.sweep.descent import Descent
 LOGIT_BYTES = 1 << 24
 """Logits that are held at a time, fp32."""
 CHECKS = 5
+HELD_OUT = 16
+"""One sample in so many is not learned from and judges what was learned."""
 MAX_HALVINGS = 3
 
 Solved = Mapping[int, tuple[dict[str, QTensor], Params]]
@@ -87,7 +89,7 @@ class Finetune:
             release_freed_memory()
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(tokens_NT), generator=generator)
-        held = max(1, len(order) // 16)
+        held = max(1, len(order) // HELD_OUT)
         self.held_out, train = order[:held], order[held:] if len(order) > 1 else order
         epochs = -(-step.steps * step.batch_size // len(train))
         self.queue = torch.cat([train[torch.randperm(len(train), generator=generator)] for _ in range(epochs)])
@@ -192,6 +194,7 @@ class Finetune:
         tokens = hidden_BTD.shape[:2].numel()
         last_MD = self.last_NTD[index].flatten(0, 1).to(self.device)
         chunk = max(1, LOGIT_BYTES // (4 * self.ckpt.config.get_text_config().vocab_size))
+        chunk = min(chunk, hidden_BTD.shape[1])  # models with learned positions take no longer text
         total = _InParts.apply(hidden_BTD.flatten(0, 1), last_MD, self._divergence, chunk)
         assert isinstance(total, Tensor)
         return total / tokens
@@ -216,8 +219,8 @@ class Finetune:
         self.at.halvings, self.at.rate = self.at.halvings + 1, self.at.rate / 2
         if self.at.halvings > MAX_HALVINGS:
             raise UserError(
-                f"the loss of the whole network is not finite at step {self.at.step} even at {self.at.rate:.3g} times "
-                "the learning rates; start again with lower rates (--lr)."
+                f"the loss of the whole network is not finite at step {self.at.step} even at "
+                f"{2 * self.at.rate:.3g} times the learning rates; start again with lower rates (--lr)."
             )
         self._take(self.best)
         self.descent = Descent(self.learnables(), self.step.steps)

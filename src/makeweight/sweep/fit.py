@@ -20,6 +20,8 @@ from makeweight.sweep.descent import Descent
 from makeweight.sweep.judge import Judge
 
 MAX_HALVINGS = 3
+HELD_OUT = 8
+"""One sample in so many is not learned from and judges what was learned."""
 AVERAGED = 0.25
 """The share of the steps, at the end, whose mean state is tried as well: small batches make states wander about it."""
 
@@ -58,7 +60,7 @@ class Fit:
         self.seed = (seed * 1_000_003 + judge.blocks[0].index) % 2**63
         self.generator = torch.Generator().manual_seed(self.seed)
         samples = hidden_NTD.shape[0]
-        held = max(1, samples // 8) if samples > 1 else 0
+        held = max(1, samples // HELD_OUT) if samples > 1 else 0
         order = torch.randperm(samples, generator=self.generator)
         self.held_out, self.train = (order[:held], order[held:]) if held else (order, order)
         self.queue: list[int] = []

@@ -64,7 +64,7 @@ class Scales(Refinement):
         self.unit = coarseness(codes)
         self.rest = rest
         self.learned = tuple(name for name in rest if step.norms and _of_norm(name, rest, codes))
-        self.norms = nn.ParameterDict({self.names[name]: rest[name].float() for name in self.learned})
+        self.norms = nn.ParameterDict({self.names[name]: rest[name].float().clone() for name in self.learned})
 
     def scales(self, name: str) -> Tensor:
         """Return a matrix's scales as they are stored, (O, G) fp32; gradients pass."""
@@ -138,7 +138,7 @@ class E2e(FinetuneStep):
 
     @property
     def weight_bytes(self) -> int:  # noqa: D102
-        return 5 * 4 if self.rounding else 0
+        return 6 * 4 if self.rounding else 0
 
     def build(self, codes: Mapping[str, QTensor], rest: Params, context: Context) -> Refinement:  # noqa: D102
         return Scales(codes, rest, context, self)
