@@ -259,3 +259,14 @@ def test_a_result_can_be_quantized_again(llama: Path, tmp_path: Path, text: Path
     assert all(torch.equal(after[name], reference(before[name], scheme)) for name in before)
     assert quantize(recipe) == record, "the folder belongs to this run, not to the one its source came from"
     assert Record.load(first).digest != record.digest
+
+
+def test_the_error_noted_of_a_block_is_that_of_its_codes(tmp_path: Path, text: Path) -> None:
+    """GPTQ rounds what was learned under plain rounding, whose error is noted beside its own."""
+    source = tiny_folder("llama", tmp_path / "source")
+    plain, rounded = (
+        quantize(small(source, tmp_path / method, text, method=method, eval=NOT_MEASURED)).blocks[0]
+        for method in ("lwc", "lwc+gptq")
+    )
+    assert rounded["error_nearest"] == plain["error_after"] != rounded["error_after"]
+    assert "error_nearest" not in plain

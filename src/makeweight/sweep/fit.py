@@ -126,10 +126,14 @@ class Fit:
             weights = self.chain()
         return curvature(self.judge, weights, self.hidden, self.targets, batches, self.seed)
 
-    @torch.no_grad()
     def _check(self) -> float:
-        """Return the loss on the held-out samples."""
-        weights, total = self.chain(), 0.0
+        with torch.no_grad():
+            return self.error(self.chain())
+
+    @torch.no_grad()
+    def error(self, weights: Mapping[str, Tensor]) -> float:
+        """Return the loss on the held-out samples of a block that is run with `weights`."""
+        total = 0.0
         for part in self.held_out.split(self.batch_size):
             errors = self.judge.errors(
                 weights, self.hidden[part].to(self.judge.device), [t[part] for t in self.targets]

@@ -98,6 +98,10 @@ class Sweep:
         )
         learned = asdict(fit.run())
         frozen = self._freeze(blocks[0], chain)
+        if solver.rounding is not None:
+            changed = {name: tensor.to(solver.context.dtype) for name, tensor in frozen.rest.items()}
+            nearest, after = learned["error_after"], fit.error({**frozen.weights, **changed})
+            learned |= {"error_nearest": nearest, "error_after": after}
         rest = {
             name: tensor.to(self.ckpt.dtype)
             for name, tensor in frozen.rest.items()
