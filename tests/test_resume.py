@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from makeweight import pipeline
 from makeweight.errors import UserError
 from makeweight.export.folder import MARKER, Folder
-from makeweight.job import Job
 from makeweight.numerics.scheme import Scheme
 from makeweight.pipeline import preflight, quantize
 from makeweight.recipe import Calib, Eval, Recipe, Tune
@@ -272,32 +269,3 @@ def test_evaluating_on_another_text_does_not_solve_again(llama: Path, text: Path
         kill(patch, Sweep, "solve", lambda *args: True)
         record = quantize(other)
     assert [result.dataset for result in record.perplexities] == list(other.eval.datasets)
-
-
-def test_a_finished_run_needs_no_room(llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = unmeasured(llama, tmp_path / "out", text, method="mse+e2e", formats=("gptq",))
-    done = quantize(recipe)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    assert quantize(recipe) == done
-    with pytest.raises(UserError, match="free some space"):
-        quantize(replace(recipe, formats=("gptq", "dense")))
-
-
-def test_another_kind_of_device_is_another_run(llama: Path, text: Path, tmp_path: Path) -> None:
-    recipe = unmeasured(llama, tmp_path / "out", text, tune=Tune(steps=4, device="auto"))
-    job = Job.prepare(recipe)
-    named = Job.prepare(replace(recipe, tune=replace(recipe.tune, device=job.device.type)))
-    assert named.identity() == job.identity()
-    assert replace(job, device=torch.device("meta")).identity() != job.identity()
-
-
-def test_the_saved_recipe_is_that_of_the_record(llama: Path, text: Path, tmp_path: Path) -> None:
-    recipe = unmeasured(llama, tmp_path / "out", text, method="rtn")
-    quantize(recipe)
-    for changed in (
-        replace(recipe, formats=("gptq",)),
-        replace(recipe, formats=("gptq",), eval=Eval(datasets=(str(text),), seqlen=64, windows=2)),
-    ):
-        record = quantize(changed)
-        again = Recipe.load(tmp_path / "out" / "recipe.json")
-        assert again == changed and quantize(again) == record
