@@ -8,9 +8,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 from makeweight.errors import UserError
+from makeweight.export.folder import MARKER, Folder
 from makeweight.job import Job
 from makeweight.pipeline import quantize
 from makeweight.recipe import Eval, Recipe, Tune
@@ -29,12 +29,18 @@ def test_a_finished_run_needs_no_room(llama: Path, text: Path, tmp_path: Path, m
         quantize(replace(recipe, formats=("gptq", "dense")))
 
 
-def test_another_kind_of_device_is_another_run(llama: Path, text: Path, tmp_path: Path) -> None:
+def test_a_run_is_finished_where_it_was_begun(llama: Path, text: Path, tmp_path: Path) -> None:
+    """Devices differ in the last bits; what is solved can be asked for anything on any device."""
     recipe = small(llama, tmp_path / "out", text, eval=NOT_MEASURED, tune=Tune(steps=4, device="auto"))
     job = Job.prepare(recipe)
-    named = Job.prepare(replace(recipe, tune=replace(recipe.tune, device=job.device.type)))
-    assert named.identity() == job.identity()
-    assert replace(job, device=torch.device("meta")).identity() != job.identity()
+    named = replace(recipe, tune=replace(recipe.tune, device=job.device.type))
+    Folder.claim(recipe.out, identity=job.identity(), device="gpu", shards=4)
+    with pytest.raises(UserError, match=f"out was begun on gpu, not on {job.device.type}: finish it there, or delete"):
+        quantize(recipe)
+    (tmp_path / "out" / MARKER).unlink()
+    record = quantize(recipe)
+    assert quantize(named).digest == record.digest, "auto is the device that was found"
+    Folder.check(recipe.out, identity=job.identity(), device="gpu")
 
 
 def test_the_saved_recipe_is_that_of_the_record(llama: Path, text: Path, tmp_path: Path) -> None:

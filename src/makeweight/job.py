@@ -67,8 +67,8 @@ class Job:
             )
             tokens_NT = drawn_NT[:, : count * length].reshape(-1, length)
         folder = Folder(Path(recipe.out).expanduser(), ckpt.n_blocks + 1)
-        exported = [name for name in recipe.formats if target_of(folder.path, name, None).is_dir()]
-        missing = replace(cut, formats=tuple(name for name in recipe.formats if name not in exported))
+        missing = tuple(name for name in recipe.formats if not target_of(folder.path, name, None).is_dir())
+        unwritten = replace(cut, formats=missing)
         job = cls(
             recipe=recipe,
             cut=cut,
@@ -77,9 +77,9 @@ class Job:
             blocks=blocks,
             device=device,
             tokens_NT=tokens_NT,
-            estimate=estimate(plan, missing, ckpt, blocks, device, windows=sum(map(len, texts)), solved=folder.done),
+            estimate=estimate(plan, unwritten, ckpt, blocks, device, windows=sum(map(len, texts)), solved=folder.done),
         )
-        Folder.check(recipe.out, identity=job.identity())
+        Folder.check(recipe.out, identity=job.identity(), device=device.type)
         check_formats(Path(recipe.out).expanduser(), recipe.formats, job.facts(), identity=job.identity())
         return job
 
@@ -102,7 +102,7 @@ class Job:
         data = recipe_data(self.recipe)
         for name in ("model", "out", "eval", "formats", "trust_remote_code"):
             del data[name]
-        data["tune"]["device"] = self.device.type  # devices differ in the last bits
+        del data["tune"]["device"]  # the folder holds on to it until everything is solved
         # The plan holds every setting that the recipe leaves to its default: a release may change one.
         text = json.dumps([data, repr(self.plan), self.ckpt.fingerprint(), __version__], sort_keys=True)
         tokens = b"" if self.tokens_NT is None else self.tokens_NT.numpy().tobytes()

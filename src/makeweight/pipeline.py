@@ -38,7 +38,8 @@ def quantize(recipe: Recipe) -> Record:
     keep_freed_memory()
     reset_peak_memory()
     job = Job.prepare(recipe)
-    folder = Folder.claim(recipe.out, identity=job.identity(), shards=job.ckpt.n_blocks + 1)
+    shards, device = job.ckpt.n_blocks + 1, job.device.type
+    folder = Folder.claim(recipe.out, identity=job.identity(), device=device, shards=shards)
     with folder.alone():
         return Run(job, folder).finish()
 

@@ -27,7 +27,7 @@ REPORT: dict[str, Any] = {"error_after": 0.1 + 0.2, "digest": {"a": "00ff"}, "bi
 
 
 def claim(path: Path | str, identity: str = "mine", shards: int = 2) -> Folder:
-    return Folder.claim(path, identity=identity, shards=shards)
+    return Folder.claim(path, identity=identity, device="cpu", shards=shards)
 
 
 def refused(path: Path, identity: str = "mine") -> str:
@@ -59,7 +59,7 @@ def test_the_home_folder_has_a_short_name(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_a_folder_of_another_run(tmp_path: Path) -> None:
     claim(tmp_path / "out", "theirs")
-    assert "belongs to a run with another recipe, model or kind of device" in refused(tmp_path / "out")
+    assert "belongs to a run with another recipe or model" in refused(tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", ["config.json", ".hidden", "model-00001-of-00002.safetensors"])

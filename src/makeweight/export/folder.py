@@ -37,32 +37,34 @@ class Folder:
         self.path, self.shards = path, shards
 
     @classmethod
-    def claim(cls, path: str | Path, *, identity: str, shards: int) -> Folder:
-        """Take a new or empty folder, or go on with one that the same run began.
+    def claim(cls, path: str | Path, *, identity: str, device: str, shards: int) -> Folder:
+        """Take a new or empty folder, or go on with one that the same run began on the same kind of device.
 
         Raises UserError where the folder holds anything else.
         """
-        cls.check(path, identity=identity)
+        cls.check(path, identity=identity, device=device)
         folder = cls(Path(path).expanduser(), shards)
         if folder.marker() is None:
             try:
                 folder.path.mkdir(parents=True, exist_ok=True)
-                folder._write_json(MARKER, {"identity": identity, "done": False})
+                folder._write_json(MARKER, {"identity": identity, "device": device, "done": False})
             except OSError as error:
                 raise UserError(f"{path} cannot be made a folder ({error.strerror}): give another --out.") from error
         return folder
 
     @staticmethod
-    def check(path: str | Path, *, identity: str) -> None:
+    def check(path: str | Path, *, identity: str, device: str) -> None:
         """Raise UserError for a folder that `claim` would refuse; nothing is written."""
         folder = Path(path).expanduser()
         found = _read_json(folder / MARKER)
         if found is not None and found.get("identity") != identity:
             raise UserError(
-                f"{folder} belongs to a run with another recipe, model or kind of device: give another --out, or "
-                "delete it."
+                f"{folder} belongs to a run with another recipe or model: give another --out, or delete it."
             )
         if found is not None:
+            if not found.get("done") and (began := found.get("device", device)) != device:
+                # Devices differ in the last bits: what is finished has its bytes, the rest would get others.
+                raise UserError(f"{folder} was begun on {began}, not on {device}: finish it there, or delete it.")
             return
         try:
             strangers = {item.name for item in folder.iterdir()} - {f"{MARKER}.part"}
