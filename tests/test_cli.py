@@ -176,6 +176,9 @@ def test_errors_of_the_engine(
     monkeypatch.setattr(sys.modules["makeweight.pipeline"], "quantize", stop)
     assert main(["quantize", "--model", "m"]) == 130
     assert "the same command resumes" in capsys.readouterr().err
+    monkeypatch.setattr("makeweight.export.manifest.check", stop)
+    assert main(["verify", "."]) == 130
+    assert capsys.readouterr().err == "makeweight: stopped.\n", "nothing but a run resumes"
     monkeypatch.setattr(sys.modules["makeweight.pipeline"], "quantize", break_down)
     with pytest.raises(ZeroDivisionError):
         main(["quantize", "--model", "m"])
