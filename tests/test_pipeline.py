@@ -17,7 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from makeweight.evals.perplexity import evaluate
 from makeweight.job import Job
+from makeweight.methods.base import Context, Grid
+from makeweight.methods.grid.gptq import Gptq
 from makeweight.models.load import open_checkpoint
+from makeweight.numerics.qtensor import QTensor
 from makeweight.numerics.scheme import Scheme
 from makeweight.pipeline import quantize
 from makeweight.recipe import Calib, Eval, Recipe
@@ -268,5 +271,30 @@ def test_the_error_noted_of_a_block_is_that_of_its_codes(tmp_path: Path, text: P
         quantize(small(source, tmp_path / method, text, method=method, eval=NOT_MEASURED)).blocks[0]
         for method in ("lwc", "lwc+gptq")
     )
-    assert rounded["error_nearest"] == plain["error_after"] != rounded["error_after"]
+    assert rounded["error_nearest"] == plain["error_after"] != rounded["error_rounded"]
+    assert rounded["error_after"] == min(rounded["error_nearest"], rounded["error_rounded"])
     assert "error_nearest" not in plain
+
+
+def test_learned_codes_stay_where_gptq_makes_them_worse(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nothing is learned, GPTQ's codes are what was asked for, whatever they give."""
+
+    def lowest(
+        _: Gptq, name: str, weight_OI: Tensor, __: Tensor, grid: Grid, ___: Context
+    ) -> tuple[QTensor, dict[str, float]]:
+        codes = grid.codes({name: weight_OI})[name]
+        return replace(codes, codes_OI=torch.zeros_like(codes.codes_OI)), {}
+
+    monkeypatch.setattr(Gptq, "codes", lowest)
+    source = tiny_folder("llama", tmp_path / "source")
+    records = {
+        method: quantize(small(source, tmp_path / method, text, method=method, eval=NOT_MEASURED))
+        for method in ("lwc", "lwc+gptq", "gptq")
+    }
+    kept, alone = records["lwc+gptq"].blocks[0], records["gptq"].blocks[0]
+    assert kept["error_after"] == kept["error_nearest"] < kept["error_rounded"]
+    assert alone["error_after"] == alone["error_rounded"] > alone["error_nearest"]
+    plain, learned = weights_of(tmp_path / "lwc"), weights_of(tmp_path / "lwc+gptq")
+    assert all(torch.equal(learned[name], plain[name]) for name in plain)

@@ -65,10 +65,15 @@ class Fit:
         self.held_out, self.train = (order[:held], order[held:]) if held else (order, order)
         self.queue: list[int] = []
 
+    @property
+    def learns(self) -> bool:
+        """Whether there is anything to learn, and any step to learn it in."""
+        return self.steps > 0 and any(True for _ in self.chain.learnables())
+
     def run(self) -> FitReport:
         """Learn in place and leave the chain in the best state seen, never worse than it began."""
         start = best = self._check()
-        if not self.steps or not list(self.chain.learnables()):
+        if not self.learns:
             return FitReport(error_before=start, error_after=start, best_step=0, halvings=0)
         kept, best_step, rate, halvings, step = self._snapshot(), 0, 1.0, 0, 0
         self.chain.quantizer.take_curvature(self._curvature)

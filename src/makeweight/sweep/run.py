@@ -96,19 +96,16 @@ class Sweep:
             seed=solver.seed,
             tick=tick,
         )
-        learned = asdict(fit.run())
-        frozen = self._freeze(blocks[0], chain)
-        if solver.rounding is not None:
-            changed = {name: tensor.to(solver.context.dtype) for name, tensor in frozen.rest.items()}
-            nearest, after = learned["error_after"], fit.error({**frozen.weights, **changed})
-            learned |= {"error_nearest": nearest, "error_after": after}
+        fitted = fit.run()
+        frozen, errors = self._freeze(blocks[0], chain, fit, fitted.error_after)
         rest = {
             name: tensor.to(self.ckpt.dtype)
             for name, tensor in frozen.rest.items()
             if not torch.equal(tensor, own[name])
         }
         self.pass_on(index, {**frozen.weights, **rest})
-        report = {**learned, **chain.report(), **frozen.report, "seconds": time.perf_counter() - start}
+        report = {**asdict(fitted), **errors, **chain.report(), **frozen.report}
+        report["seconds"] = time.perf_counter() - start
         return Committed(codes=frozen.codes, rest=rest, report=report)
 
     def _stored(self, block: Block) -> tuple[State, Params]:
@@ -131,14 +128,18 @@ class Sweep:
         rest = own if solver.steps.exact else {}
         return Chain.build(state, solver.steps, solver.context, rest=rest, inputs=inputs).to(self.device)
 
-    def _freeze(self, block: Block, chain: Chain) -> Frozen:
-        """Return what was learned, rounded by the step that rounds, where it is one of its own."""
+    def _freeze(self, block: Block, chain: Chain, fit: Fit, nearest: float) -> tuple[Frozen, dict[str, float]]:
+        """Return what was learned, rounded by the step that rounds, where it is one of its own, and its errors.
+
+        What is learned is learned for the nearest codes, whose held-out error is `nearest`; where these are better
+        than the step's own, they stay.
+        """
         solver = self.solver
         if solver.rounding is None:
-            return chain.freeze()
+            return chain.freeze(), {}
         with torch.no_grad():
             moved = chain.moved()
-        return round_in_order(
+        frozen = round_in_order(
             block,
             *moved,
             chain.quantizer,
@@ -148,6 +149,12 @@ class Sweep:
             batch_size=solver.tune.batch_size,
             device=self.device,
         )
+        changed = {name: tensor.to(solver.context.dtype) for name, tensor in frozen.rest.items()}
+        rounded = fit.error({**frozen.weights, **changed})
+        errors = {"error_nearest": nearest, "error_rounded": rounded}
+        if fit.learns and nearest < rounded:
+            return chain.freeze(), {**errors, "error_after": nearest}
+        return frozen, {**errors, "error_after": rounded}
 
     def pass_on(self, index: int, weights: Mapping[str, Tensor] | None) -> None:
         """Send the quantized stream through a block with its committed weights, or with its own (None)."""

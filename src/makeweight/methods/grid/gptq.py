@@ -1,9 +1,10 @@
 """GPTQ: rounding with error feedback, alone or after learned maps and ranges.
 
 Learned maps (sde), ranges (lwc) and scales (stepsize) are learned under plain rounding, and ranges may be searched
-(mse); GPTQ then rounds the weights that are left, within those ranges and scales. After a band that is a loss so far
-(LOG.md): the band's weights are good once they are rounded to the nearest code, and GPTQ takes their own outputs for
-its target. Under learned rounding (autoround, flipround) it would undo what was learned.
+(mse); GPTQ then rounds the weights that are left, within those ranges and scales. After ranges that is a gain. After a
+band it mostly is not (LOG.md): the band's weights are good once they are rounded to the nearest code, and GPTQ takes
+their own outputs for its target. So a block that has learned something keeps its nearest codes where these have the
+smaller held-out error (sweep/run.py). Under learned rounding (autoround, flipround) it would undo what was learned.
 Source: arXiv 2210.17323; the options are those of its reference code, act-order with static groups by default.
 
 Shapes: O out, I in, G groups per row, S inputs per group.
