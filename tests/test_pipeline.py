@@ -281,9 +281,7 @@ def test_learned_codes_stay_where_gptq_makes_them_worse(
 ) -> None:
     """Where nothing is learned, GPTQ's codes are what was asked for, whatever they give."""
 
-    def lowest(
-        _: Gptq, name: str, weight_OI: Tensor, __: Tensor, grid: Grid, ___: Context
-    ) -> tuple[QTensor, dict[str, float]]:
+    def lowest(_: Gptq, name: str, weight_OI: Tensor, __: Tensor, grid: Grid, ___: Context) -> tuple[QTensor, Any]:
         codes = grid.codes({name: weight_OI})[name]
         return replace(codes, codes_OI=torch.zeros_like(codes.codes_OI)), {}
 
