@@ -48,7 +48,8 @@ def test_steps_stay_where_they_are_allowed(symmetric: bool) -> None:
     where, state = context(Scheme(bits=3, group_size=16, symmetric=symmetric)), a_state()
     grid = StepSize().build(state, where)
     assert isinstance(grid, StepGrid)
-    assert [group.name for group in grid.learnables()] == ["stepsize", "stepsize.zero"][: 1 if symmetric else 2]
+    names = ["stepsize.rate", "stepsize.zero_rate"][: 1 if symmetric else 2]
+    assert [group.name for group in grid.learnables()] == names
     perturb(grid, 1e3)
     assert all(factor.min() == LEAST for factor in grid.factors.values())
     assert symmetric or torch.cat([zero.flatten() for zero in grid.zeros.values()]).aminmax() == (-4, 3)

@@ -84,7 +84,7 @@ def test_let_learns() -> None:
     chain = chain_of(case, Let(rate=2e-2), maps=(Sde(band=2),))
     report = case.fit(chain, steps=24).run()
     assert report.error_after < 0.95 * report.error_before
-    let = next(group for group in chain.learnables() if group.name == "let")
+    let = next(group for group in chain.learnables() if group.name == "let.rate")
     assert max(parameter.detach().abs().max() for parameter in let.params) > 0.01
 
 

@@ -137,6 +137,13 @@ def test_gradient_reaches_every_learnable(name: str, grid: str, symmetric: bool)
     assert len(learned) == len(learnables), "a parameter in two groups is stepped twice"
 
 
+@pytest.mark.parametrize(("name", "grid"), LEARNING)
+def test_what_learns_is_named_by_the_option_that_sets_its_rate(name: str, grid: str) -> None:
+    for group in build(name, grid, context()).learnables():
+        method, option = group.name.split(".")
+        assert method in (name, grid) and getattr(PRESETS[method].step, option) == group.rate
+
+
 @pytest.mark.parametrize("band", [0, 1, 16])
 def test_gradient_reaches_every_entry_of_the_band_and_none_outside(band: int) -> None:
     state = {"w": a_state()["square"]}

@@ -159,7 +159,7 @@ def test_maps_act_in_the_order_given(case: Problem) -> None:
     assert not any(torch.equal(chain.moved()[0][n], base[n]) for n in base)
     chain.freeze()
     assert all(torch.equal(chain.base[n], base[n]) for n in base)
-    assert [group.name for group in chain.learnables()] == ["sde", "sde", "lwc"]
+    assert [group.name for group in chain.learnables()] == ["lsi.rate", "sde.rate", "lwc.rate"]
 
 
 def test_learned_state_reads_back(case: Problem) -> None:

@@ -212,7 +212,7 @@ def test_gives_up_with_a_sentence(case: Problem, monkeypatch: pytest.MonkeyPatch
     Poison(monkeypatch, steps=range(5, 99))
     fit = case.fit(case.chain(Sde(band=1, rate=0.004), grid=Lwc(rate=0.08)), steps=24, checks=0)
     # Steps 5, 6 and 7 halve the rates; at step 8 there is nothing left to try.
-    with pytest.raises(UserError, match=r"block 0: .* step 8 .* sde 0\.0005, lwc 0\.01; .*--lr") as error:
+    with pytest.raises(UserError, match=r"block 0: .* step 8 .* sde\.rate=0\.0005 lwc\.rate=0\.01; .*--set") as error:
         fit.run()
     assert "\n" not in str(error.value) and str(error.value).endswith(".")
 

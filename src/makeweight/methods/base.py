@@ -62,7 +62,7 @@ class Context:
 
 @dataclass(frozen=True)
 class Learnables:
-    """Parameters that share a learning rate, under the name that reports and overrides use.
+    """Parameters that share a learning rate, named by the option that sets it, as in `sde.rate`.
 
     The optimiser's rate is `rate`, which the user sees and sets, times `unit`, which the map derives from shapes.
     `descent` is AdamW with a rate that falls along a cosine, or the sign of the gradient with one that falls to zero

@@ -220,7 +220,7 @@ class Finetune:
         if self.at.halvings > MAX_HALVINGS:
             raise UserError(
                 f"the loss of the whole network is not finite at step {self.at.step} even at "
-                f"{2 * self.at.rate:.3g} times the learning rates; start again with lower rates (--lr)."
+                f"{2 * self.at.rate:.3g} times the learning rates; start again with lower ones (--lr e2e=VALUE)."
             )
         self._take(self.best)
         self.descent = Descent(self.learnables(), self.step.steps)

@@ -158,10 +158,10 @@ class Fit:
 
     def _give_up(self, halvings: int, step: int, rate: float) -> None:
         if halvings > MAX_HALVINGS:
-            groups = ", ".join(f"{g.name} {g.rate * rate * 2:.3g}" for g in self.chain.learnables())
+            rates = " ".join(f"{g.name}={g.rate * rate * 2:.3g}" for g in self.chain.learnables())
             raise UserError(
                 f"block {self.judge.blocks[0].index}: the loss is not finite at step {step} even at learning rates "
-                f"{groups}; start again with lower rates (--lr) or without the method that learns fastest."
+                f"{rates}; start again with lower ones (--set) or without the method that learns fastest."
             )
 
 

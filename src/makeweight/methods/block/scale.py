@@ -61,7 +61,7 @@ class LearnedScales(BlockMap):
         return state
 
     def learnables(self) -> Iterator[Learnables]:  # noqa: D102
-        yield Learnables("let", tuple(self.logs.values()), self.rate)
+        yield Learnables("let.rate", tuple(self.logs.values()), self.rate)
 
 
 @dataclass(frozen=True, kw_only=True)

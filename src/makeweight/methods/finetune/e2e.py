@@ -86,13 +86,13 @@ class Scales(Refinement):
         return moving_grid(held.codes_OI, offset_OI, scale_OG, zero_OG, held.scheme, self.context.dtype)
 
     def learnables(self) -> Iterator[Learnables]:  # noqa: D102
-        yield Learnables("e2e", tuple(self.factors.values()), self.step.rate, self.unit)
+        yield Learnables("e2e.rate", tuple(self.factors.values()), self.step.rate, self.unit)
         if self.offsets:
-            yield Learnables("e2e.rounding", tuple(self.offsets.values()), self.step.rounding_rate)
+            yield Learnables("e2e.rounding_rate", tuple(self.offsets.values()), self.step.rounding_rate)
         if self.learned:
             offset = self.context.spec.norm_offset if self.context.spec else 0.0
             size = torch.cat([self.rest[name].float() + offset for name in self.learned]).square().mean().sqrt()
-            yield Learnables("e2e.norms", tuple(self.norms.values()), self.step.norm_rate, float(size))
+            yield Learnables("e2e.norm_rate", tuple(self.norms.values()), self.step.norm_rate, float(size))
 
     def constrain(self) -> None:  # noqa: D102
         for factor_OG in self.factors.values():

@@ -125,7 +125,7 @@ class ClipGrid(RangeGrid):
         return self.low[self.names[name]].sigmoid(), self.high[self.names[name]].sigmoid()
 
     def learnables(self) -> Iterator[Learnables]:  # noqa: D102
-        yield Learnables("lwc", (*self.low.values(), *self.high.values()), self.rate)
+        yield Learnables("lwc.rate", (*self.low.values(), *self.high.values()), self.rate)
 
 
 @dataclass(frozen=True, kw_only=True)

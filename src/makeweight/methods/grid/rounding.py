@@ -65,7 +65,7 @@ class RoundingGrid(RangeGrid):
 
     def learnables(self) -> Iterator[Learnables]:  # noqa: D102
         params = (*self.offsets.values(), *self.low.values(), *self.high.values())
-        name = "flipround" if self.step.by_flips else "autoround"
+        name = "flipround.rate" if self.step.by_flips else "autoround.rate"
         least = LEAST_STEPS if self.step.descent == "adam" else 1
         yield Learnables(name, params, self.step.rate, 1 / max(least, self.context.steps), self.step.descent)
 

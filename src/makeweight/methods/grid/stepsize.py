@@ -49,9 +49,9 @@ class StepGrid(FixedGrid):
         return scale_OG * self.factors[key], self.zeros.get(key, zero_OG)
 
     def learnables(self) -> Iterator[Learnables]:  # noqa: D102
-        yield Learnables("stepsize", tuple(self.factors.values()), self.step.rate)
+        yield Learnables("stepsize.rate", tuple(self.factors.values()), self.step.rate)
         if self.zeros:
-            yield Learnables("stepsize.zero", tuple(self.zeros.values()), self.step.zero_rate)
+            yield Learnables("stepsize.zero_rate", tuple(self.zeros.values()), self.step.zero_rate)
 
     def constrain(self) -> None:  # noqa: D102
         for factor_OG in self.factors.values():

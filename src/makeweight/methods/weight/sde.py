@@ -83,7 +83,8 @@ class BandMap(Map):
 
     def learnables(self) -> Iterator[Learnables]:  # noqa: D102
         params = [p for core in self._cores() for p in (core.band_RW, core.lead_KK) if p.numel()]
-        yield Learnables("sde", tuple(params), self.step.rate, (2 * self.step.band + 1) ** -0.5)
+        name = "sde.rate" if self.step.band else "lsi.rate"
+        yield Learnables(name, tuple(params), self.step.rate, (2 * self.step.band + 1) ** -0.5)
 
     def constrain(self) -> None:  # noqa: D102
         for core in self._cores():

@@ -34,7 +34,7 @@ class TunedWeights(Map):
         return {name: weight + self.changes[self.names[name]] for name, weight in state.items()}
 
     def learnables(self) -> Iterator[Learnables]:  # noqa: D102
-        yield Learnables("tune", tuple(self.changes.values()), self.step.rate, self.unit)
+        yield Learnables("tune.rate", tuple(self.changes.values()), self.step.rate, self.unit)
 
 
 @dataclass(frozen=True, kw_only=True)
