@@ -16,6 +16,9 @@ from recipes.common import Results
 METHODS = ("rtn", "lwc", "lwc+lsi", "lwc+sde", "lwc+cl", "lwc+sde+cl")
 SCHEMES = ("W3A16g64", "W4A16")
 SEEDS = (0, 1, 2)
+BLOCKS = (0, 8)
+CALIB = {"nsamples": 48, "seqlen": 512, "piece": 512}
+TUNE = Tune(steps=200, batch_size=2)
 
 
 def recipe(method: str, scheme: str, seed: int) -> Recipe:
@@ -25,9 +28,9 @@ def recipe(method: str, scheme: str, seed: int) -> Recipe:
         out=str(WORK / "ablation" / f"{method}-{scheme}-{seed}"),
         method=method,
         scheme=Scheme.parse(scheme),
-        blocks=(0, 8),
-        calib=Calib(dataset=f"{data()}/enwiki/train.txt", nsamples=48, seqlen=512, piece=512),
-        tune=Tune(steps=200, batch_size=2),
+        blocks=BLOCKS,
+        calib=Calib(dataset=f"{data()}/enwiki/train.txt", **CALIB),
+        tune=TUNE,
         eval=evaluation(),
         seed=seed,
     )

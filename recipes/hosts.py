@@ -21,7 +21,8 @@ from makeweight.plan import compose
 from recipes.ablation import recipe
 from recipes.common import Results
 
-CLIPPING = ("lwc", "omniquant", "awq", "gptq")
+RANGES = ("lwc", "omniquant", "awq", "gptq")
+"""Hosts that learn ranges or scales at most."""
 LEARNING = ("autoround", "flipround", "efficientqat")
 ADDED = ("", "+sde", "+cl", "+sde+cl")
 SCHEMES = ("W3A16g64", "W2A16g64")
@@ -54,7 +55,7 @@ def name_of(host: str, added: str, scheme: str, seed: int) -> str:
 def summary(cells: Cells, scheme: str) -> str:
     """Return the table of a scheme: a host and what is added, means over the seeds that all of a row's columns have."""
     rows = []
-    for host in (*CLIPPING, *LEARNING):
+    for host in (*RANGES, *LEARNING):
         row = {added: seeds for added in ADDED if (seeds := _seeds(cells, host, added, scheme))}
         if not row:
             continue
@@ -75,14 +76,17 @@ def _means(cells: Cells, host: str, added: str, scheme: str, seeds: Sequence[int
 
 
 def helped(cells: Cells) -> str:
-    """Count the cells of hosts that clip in which sde and cl together lower both perplexities."""
+    """Count the runs of hosts that learn neither rounding nor weights in which sde and cl lower both perplexities."""
     pairs = []
-    for host, added, scheme, seed in every_cell(CLIPPING):
+    for host, added, scheme, seed in every_cell(RANGES):
         names = [name_of(host, what, scheme, seed) for what in ("", added)]
         if added == ADDED[-1] and all(name in cells for name in names):
             alone, both = (cells[name] for name in names)
             pairs.append(all(both[domain] < alone[domain] for domain in DOMAINS))
-    return f"sde and cl lower both perplexities of a host that clips in {sum(pairs)} of {len(pairs)} cells."
+    return (
+        f"Of {len(pairs)} runs of {', '.join(RANGES)} (method, scheme, seed), {sum(pairs)} end with both perplexities "
+        "lower where SDE and CL are added."
+    )
 
 
 def tables(cells: Cells) -> str:
@@ -92,7 +96,7 @@ def tables(cells: Cells) -> str:
 
 def main() -> None:
     """Run every cell whose result is not there yet, and print the tables."""
-    hosts, results, shared = tuple(sys.argv[1:]) or (*CLIPPING, *LEARNING), Results("hosts"), Results("ablation").cells
+    hosts, results, shared = tuple(sys.argv[1:]) or (*RANGES, *LEARNING), Results("hosts"), Results("ablation").cells
     for host, added, scheme, seed in every_cell(hosts):
         name = name_of(host, added, scheme, seed)
         if name in shared and name not in results.cells:

@@ -13,6 +13,7 @@ from typing import Any
 from benchmarks.common import RESULTS, ROOT, table
 from benchmarks.peers.table import markdown
 from recipes import hosts
+from recipes.ablation import BLOCKS, CALIB, TUNE
 
 START, END = "<!-- results -->", "<!-- /results -->"
 METHODS = ("rtn", "lwc", "lwc+lsi", "lwc+sde", "lwc+cl", "lwc+sde+cl")
@@ -41,7 +42,7 @@ def core(cells: Cells) -> str:
                 ]
             )  # fmt: skip
     costs = ("minutes of solving", "peak GB with evaluation")
-    return table(("whole model, W3A16g64", "WikiText-2", "enwiki", "bits/weight", *costs), rows)
+    return table(("whole model, W3A16g64", "WikiText-2", "enwiki", "bits per quantized weight", *costs), rows)
 
 
 def ablation(cells: Cells) -> str:
@@ -56,7 +57,16 @@ def ablation(cells: Cells) -> str:
                 domains = [spread([cell[name] for cell in found]) for name in ("wikitext2", "enwiki")]
                 rows.append([f"`{method}`", *domains, seeds])
         parts.append(table((f"first 8 blocks, {scheme}", "WikiText-2", "enwiki", "seeds"), rows))
-    return "\n\n".join(parts)
+    return "\n\n".join([protocol(), *parts])
+
+
+def protocol() -> str:
+    """Return what the tables of the first blocks were made with."""
+    return (
+        f"Blocks {BLOCKS[0]} to {BLOCKS[1] - 1} alone, the others at 16 bits: {CALIB['nsamples']} x "
+        f"{CALIB['seqlen']} tokens of calibration, {TUNE.steps} steps of {TUNE.batch_size} samples for each block. In "
+        "brackets is the largest minus the smallest of the seeds."
+    )
 
 
 def main() -> None:

@@ -268,3 +268,16 @@ def test_help_needs_nothing_heavy() -> None:
     code = "import sys; from makeweight.cli import main; main([]); print({'torch', 'transformers'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": SRC})
     assert done.stdout.splitlines()[-1] == "set()", done.stderr
+
+
+def test_another_method_leaves_the_settings_of_the_first_behind(ran: list[Any], tmp_path: Path) -> None:
+    saved = Recipe.from_json(
+        """{"model": "m", "out": "o", "method": "lwc+sde+e2e", "tune": {"rates": {"sde": 1e-3, "lwc": 1e-2}},
+        "options": {"e2e": {"steps": 7}, "sde": {"band": 2}}}"""
+    )
+    saved.save(tmp_path / "r.json")
+    assert main(f"quantize --recipe {tmp_path}/r.json --method omniquant+sde --set sde.lead=8 --out p".split()) == 0
+    assert ran[0].method == "omniquant+sde"
+    assert ran[0].options == {"sde": {"band": 2, "lead": 8}} and ran[0].tune.rates == {"sde": 1e-3, "lwc": 1e-2}
+    assert main(f"quantize --recipe {tmp_path}/r.json --method rtn --out p".split()) == 0
+    assert (ran[1].options, ran[1].tune.rates) == ({}, {})

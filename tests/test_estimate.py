@@ -188,3 +188,30 @@ def test_learning_codes_of_the_whole_network_is_dear(recipe: Recipe, ckpt: Check
     )
     assert codes.memory_bytes - scales.memory_bytes == pytest.approx(24 * weights)
     assert codes.disk_bytes - scales.disk_bytes == 32 * weights
+
+
+def test_what_is_solved_takes_no_more_time(recipe: Recipe, ckpt: Checkpoint) -> None:
+    plan, cpu = compose("lwc+e2e"), torch.device("cpu")
+    whole, rest, tuned = (
+        estimate(plan, recipe, ckpt, range(3), cpu, left=left, tuned=tuned)
+        for left, tuned in ((None, False), ([2], False), ([], True))
+    )
+    assert (whole.blocks, rest.blocks, tuned.blocks) == (3, 1, 0)
+    assert tuned.seconds < rest.seconds < whole.seconds
+    assert rest.memory_bytes == whole.memory_bytes
+    assert tuned.sentence().startswith("All blocks are solved: what is left will take ")
+
+
+def test_time_is_that_of_the_dtype_it_runs_in(
+    recipe: Recipe, ckpt: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[torch.dtype] = []
+
+    def rate(device: torch.device, *, dtype: torch.dtype = torch.bfloat16) -> float:
+        asked.append(dtype)
+        return RATE
+
+    monkeypatch.setattr(room, "matmul_rate", rate)
+    narrow = replace(recipe, tune=replace(recipe.tune, dtype="float32"))
+    estimate(compose("lwc"), narrow, ckpt, range(3), torch.device("cpu"), windows=2)
+    assert asked == [torch.float32, ckpt.dtype, torch.float32]

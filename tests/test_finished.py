@@ -9,12 +9,14 @@ from types import SimpleNamespace
 
 import pytest
 
+from makeweight import pipeline
 from makeweight.errors import UserError
 from makeweight.export.folder import MARKER, Folder
 from makeweight.job import Job
 from makeweight.pipeline import quantize
-from makeweight.recipe import Eval, Recipe, Tune
+from makeweight.recipe import Calib, Eval, Recipe, Tune
 from tests.runs import small
+from tests.tiny import tiny_folder
 
 NOT_MEASURED = Eval(datasets=(), seqlen=64)
 pytestmark = pytest.mark.usefixtures("known_rate")
@@ -53,3 +55,26 @@ def test_the_saved_recipe_is_that_of_the_record(llama: Path, text: Path, tmp_pat
         record = quantize(changed)
         again = Recipe.load(tmp_path / "out" / "recipe.json")
         assert again == changed and quantize(again) == record
+
+
+def test_evaluating_again_leaves_what_solving_took(
+    llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = small(llama, tmp_path / "out", text, eval=NOT_MEASURED, method="rtn")
+    monkeypatch.setattr(pipeline, "peak_memory", lambda: 5_000_000_000)
+    monkeypatch.setattr(pipeline, "machine", lambda device: {"device": "where it was solved"})
+    first = quantize(recipe)
+    monkeypatch.setattr(pipeline, "peak_memory", lambda: 1_000_000_000)
+    monkeypatch.setattr(pipeline, "machine", lambda device: {"device": "another"})
+    again = quantize(replace(recipe, eval=Eval(datasets=(str(text),), seqlen=64, windows=2)))
+    assert again.perplexities and again.machine == first.machine == {"device": "where it was solved"}
+    assert again.cost.peak_memory_bytes == first.cost.peak_memory_bytes == 5_000_000_000
+
+
+def test_samples_begin_with_the_token_that_the_model_needs(text: Path, tmp_path: Path) -> None:
+    gemma = tiny_folder("gemma2", tmp_path / "gemma")
+    recipe = small(
+        gemma, tmp_path / "out", text, method="lwc", calib=Calib(dataset=str(text), nsamples=2, seqlen=64, piece=16)
+    )
+    tokens_NT = Job.prepare(recipe).tokens_NT
+    assert tokens_NT is not None and tokens_NT.shape == (8, 16) and tokens_NT[:, 0].tolist() == [256] * 8

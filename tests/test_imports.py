@@ -27,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "methods": BASE | {"recipe", "models", "calib"},
     "sweep": BASE | {"recipe", "models", "calib", "methods.base"},
     "effort": BASE | {"recipe"},
-    "options": BASE | {"recipe", "effort"},
+    "options": BASE | {"recipe", "effort", "plan"},
     "plan": BASE | {"recipe", "models", "calib", "methods"},
     "estimate": BASE | {"recipe", "models", "calib", "methods", "sweep", "plan", "evals"},
     "export": LEAF,

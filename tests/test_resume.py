@@ -220,7 +220,7 @@ def test_a_folder_of_another_run(llama: Path, text: Path, tmp_path: Path) -> Non
         replace(recipe, model=str(tiny_folder("llama", tmp_path / "other", seed=1))),
     )
     for other in others:
-        assert f"{out} belongs to a run with another recipe or model" in refused(other, out)
+        assert f"{out} belongs to a run with another recipe, model, text or version" in refused(other, out)
     assert solved(recipe) == [2]
 
 

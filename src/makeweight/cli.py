@@ -122,12 +122,11 @@ def quantize(
     text = {"dataset": dataset, "nsamples": nsamples, "seqlen": seqlen, "written": written, "piece": piece}
     saved = Recipe.load(recipe) if recipe else None
     grid = options.grid(saved.scheme if saved else Scheme(), scheme, bits, group_size, sym, scale_dtype)
-    base = options.at_effort(saved or options.start(model, out, grid), effort, method)
+    base = options.by_method(options.at_effort(saved or options.start(model, out, grid), effort, method), method)
     rates = options.rates(base, lr)
     wanted = options.changed(
         base,
         model=model,
-        method=method,
         scheme=grid,
         blocks=parse_blocks(blocks) if blocks is not None else None,
         calib=options.changed(base.calib, **text),

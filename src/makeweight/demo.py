@@ -1,4 +1,4 @@
-"""The two-minute proof: a real small model to 3 bits, against round-to-nearest, on texts that are on every machine."""
+"""The demonstration: a real small model to 3 bits, against round-to-nearest, on texts that are on every machine."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ def demo(out: Path) -> None:
         tune=Tune(steps=14, batch_size=2, checks=2),
         eval=Eval(windows=2, baseline=False),
     )
-    print("SmolLM2-135M-Instruct to 3 bits, calibrated on the Python language reference.", file=sys.stderr)
+    print(
+        "SmolLM2-135M-Instruct, from a Q4_1 file, to 3 bits, calibrated on the Python language reference.",
+        file=sys.stderr,
+    )
     records = []
     for method in METHODS:
         last = method == METHODS[-1]

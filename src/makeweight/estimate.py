@@ -51,6 +51,8 @@ class Estimate:
 
     def sentence(self) -> str:
         """Say it in one line."""
+        if not self.blocks:
+            return f"All blocks are solved: what is left will take {_span(self.seconds + self.evaluate_seconds)}."
         after = f" and evaluating {_span(self.evaluate_seconds)}" if self.evaluate_seconds else ""
         return (
             f"Solving {self.blocks} blocks will take {_span(self.seconds)}{after}, {self.memory_bytes / 1e9:.1f} GB of "
@@ -73,10 +75,13 @@ def estimate(
     *,
     windows: int = 0,
     solved: bool = False,
+    left: Sequence[int] | None = None,
+    tuned: bool = False,
 ) -> Estimate:
     """Estimate a run from shapes, and time from this machine's own matrix-product rates, measured in a moment.
 
-    `windows` is how many are evaluated; of what is `solved` only formats are still to be written. Raises UserError
+    `windows` is how many are evaluated; of what is `solved` only formats are still to be written. Time is that of the
+    blocks that are `left` (None: all), and of learning the whole network where it is not `tuned`. Raises UserError
     where the disk cannot hold the result.
     """
     shapes = {index: list(ckpt.linear_shapes(index).values()) for index in range(ckpt.n_blocks)}
@@ -85,26 +90,27 @@ def estimate(
     if not solved:
         disk += result + (_scratch(plan.finetune, recipe, shapes, blocks) if plan.finetune else 0)
     _check_disk(recipe, disk, solved=solved)
+    left = blocks if left is None else left
     largest = max(shapes.values(), key=lambda found: sum(math.prod(shape) for shape in found))
     outside = BASE_BYTES + _resident(ckpt)
     memory = outside + 10 * sum(map(math.prod, largest))  # a block as it is read, in fp32, quantized, and its codes
     seconds = ckpt.stored_bytes() / 200e6
     if plan.calibrates:
         memory = max(memory, outside + _learning(plan, recipe, ckpt, largest))
-        rate = matmul_rate(device) * EFFICIENCY
+        rate = matmul_rate(device, dtype=getattr(torch, recipe.tune.dtype)) * EFFICIENCY
         if recipe.calib.written:
             memory = max(memory, outside + writing_bytes(ckpt, recipe.calib.seqlen))
             seconds += _writing_work(recipe, ckpt, shapes) / rate / WRITING
-        seconds += sum(_block_work(plan, recipe, ckpt, shapes[index]) for index in blocks) / rate
+        seconds += sum(_block_work(plan, recipe, ckpt, shapes[index]) for index in left) / rate
         if plan.finetune is not None:
             memory = max(memory, outside + _finetuning(plan.finetune, recipe, ckpt, shapes, blocks))
-            seconds += _finetune_work(plan.finetune, recipe, ckpt, shapes) / rate
+            seconds += 0.0 if tuned else _finetune_work(plan.finetune, recipe, ckpt, shapes) / rate
     evaluating = 0.0
     if windows:
         memory = max(memory, BASE_BYTES + _evaluating(recipe, ckpt, largest, windows))
         evaluating = (1 + recipe.eval.baseline) * _evaluation_seconds(recipe, ckpt, shapes, windows, device)
     return Estimate(
-        seconds=seconds, memory_bytes=memory, disk_bytes=disk, blocks=len(blocks), evaluate_seconds=evaluating
+        seconds=seconds, memory_bytes=memory, disk_bytes=disk, blocks=len(left), evaluate_seconds=evaluating
     )
 
 
@@ -240,7 +246,9 @@ def _evaluation_seconds(
     config, seqlen = ckpt.config.get_text_config(), recipe.eval.seqlen
     blocks = sum(block_flops(found, config.hidden_size, windows, seqlen) for found in shapes.values()) / 3
     head = 2 * windows * seqlen * config.hidden_size * config.vocab_size
-    return (blocks / matmul_rate(device) + head / matmul_rate(device, dtype=torch.float32)) / EFFICIENCY
+    return (
+        blocks / matmul_rate(device, dtype=ckpt.dtype) + head / matmul_rate(device, dtype=torch.float32)
+    ) / EFFICIENCY
 
 
 def _writing_work(recipe: Recipe, ckpt: Checkpoint, shapes: dict[int, list[tuple[int, int]]]) -> float:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from makeweight import __version__
 from makeweight.calib.capture import find_device
-from makeweight.calib.data import calibration_tokens, evaluation_texts
+from makeweight.calib.data import behind, calibration_tokens, evaluation_texts
 from makeweight.estimate import Estimate, estimate
 from makeweight.export import compressed_tensors
 from makeweight.export.base import Facts
@@ -65,10 +65,21 @@ class Job:
             drawn_NT = calibration_tokens(
                 tokenizer, calib.dataset, nsamples=calib.nsamples, seqlen=calib.seqlen, seed=recipe.seed
             )
-            tokens_NT = drawn_NT[:, : count * length].reshape(-1, length)
+            tokens_NT = behind(ckpt.start_token(tokenizer), drawn_NT[:, : count * length].reshape(-1, length))
         folder = Folder(Path(recipe.out).expanduser(), ckpt.n_blocks + 1)
         missing = tuple(name for name in recipe.formats if not target_of(folder.path, name, None).is_dir())
         unwritten = replace(cut, formats=missing)
+        expected = estimate(
+            plan,
+            unwritten,
+            ckpt,
+            blocks,
+            device,
+            windows=sum(map(len, texts)),
+            solved=folder.done,
+            left=[index for index in blocks if folder.report(index + 1) is None],
+            tuned=folder.finetuned is not None,
+        )
         job = cls(
             recipe=recipe,
             cut=cut,
@@ -77,7 +88,7 @@ class Job:
             blocks=blocks,
             device=device,
             tokens_NT=tokens_NT,
-            estimate=estimate(plan, unwritten, ckpt, blocks, device, windows=sum(map(len, texts)), solved=folder.done),
+            estimate=expected,
         )
         Folder.check(recipe.out, identity=job.identity(), device=device.type)
         check_formats(Path(recipe.out).expanduser(), recipe.formats, job.facts(), identity=job.identity())

@@ -33,6 +33,18 @@ def at_effort(base: Recipe, effort: str | None, method: str | None) -> Recipe:
     return with_effort(base, effort)
 
 
+def by_method(base: Recipe, method: str | None) -> Recipe:
+    """Name another method where one is given, and leave out a recipe's settings of methods that are not in it."""
+    if method is None:
+        return base
+    from makeweight.plan import parts_of
+
+    inside = parts_of(method)
+    rates = {name: rate for name, rate in base.tune.rates.items() if name in inside}
+    settings = {name: given for name, given in base.options.items() if name in inside}
+    return replace(base, method=method, tune=replace(base.tune, rates=rates), options=settings)
+
+
 def changed(base: T, **changes: Any) -> T:
     """Replace what was given on the command line and keep the rest."""
     return replace(base, **{name: value for name, value in changes.items() if value is not None})  # pyright: ignore[reportReturnType, reportArgumentType]

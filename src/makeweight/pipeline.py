@@ -6,6 +6,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,6 +64,7 @@ class Run:
             print(job.estimate.sentence(), file=sys.stderr)
             self.solve()
             self.finetune()
+            folder.note_solver(_process(job.device))
             files = [file for file in job.ckpt.side_files() if file.name not in OWN]
             folder.finish(job.config(), files, job.ckpt.path, {"recipe.json": job.recipe.to_json()})
         record = self.known()
@@ -104,8 +106,12 @@ class Run:
             return tokens_NT, 0.0
         if (kept := folder.scratch(WRITTEN)) is None:
             start, seed = time.perf_counter(), job.recipe.seed
+            first = job.ckpt.start_token(job.ckpt.tokenizer())
             with progress.bar("writing text") as tick:
-                kept = {"tokens": written_tokens(job.ckpt, tokens_NT, count, device=job.device, seed=seed, tick=tick)}
+                new_NT = written_tokens(
+                    job.ckpt, tokens_NT, count, device=job.device, seed=seed, start=first, tick=tick
+                )
+            kept = {"tokens": new_NT}
             kept["seconds"] = torch.tensor([time.perf_counter() - start])
             folder.set_aside(WRITTEN, kept)
         return torch.cat([tokens_NT, kept["tokens"]]), kept["seconds"].item()
@@ -124,7 +130,7 @@ class Run:
         What was learned is written as a whole before any shard changes, and goes into each shard from there.
         """
         job, folder = self.job, self.folder
-        step, start, store = job.plan.finetune, time.perf_counter(), job.store(folder)
+        step, store = job.plan.finetune, job.store(folder)
         if step is None or job.tokens_NT is None or folder.finetuned is not None:
             return
         if (learned := folder.scratch(LEARNED)) is None:
@@ -140,8 +146,9 @@ class Run:
             folder.set_aside(LEARNED, learned)
         for index in job.blocks:
             store.refine(index, learned)
-        report = dict(zip(("before", "after", "best_step"), learned["report"].tolist(), strict=True))
-        folder.finish_tuning({**report, "seconds": time.perf_counter() - start})
+        folder.finish_tuning(
+            dict(zip(("before", "after", "best_step", "seconds"), learned["report"].tolist(), strict=True))
+        )
 
     def known(self) -> Record | None:
         """Return the record of a finished folder, None where it is missing or of other texts.
@@ -178,6 +185,9 @@ class Run:
         baselines = measure(recipe, str(job.ckpt.path), "evaluating the original") if recipe.eval.baseline else ()
         reports = tuple({"block": i, **(folder.report(i + 1) or {})} for i in job.blocks)
         digest, bits_per_weight = totals(reports)
+        now = _process(job.device)
+        solver = folder.solved_by or now
+        memory, gpu_memory = map(max, solver["peaks"], now["peaks"])
         record = Record(
             recipe=recipe_data(recipe),
             path=str(folder.path),
@@ -185,16 +195,17 @@ class Run:
             bits_per_weight=bits_per_weight,
             file_bytes=folder.size(),
             source_bytes=job.ckpt.stored_bytes(),
+            source_bits=job.ckpt.bits,
             perplexities=perplexities,
             baselines=baselines,
             blocks=reports,
             finetune=folder.finetuned or {},
-            machine=machine(job.device),
+            machine=solver["machine"],
             cost=Cost(
                 solve_seconds=seconds_of(folder.report(0), *reports, folder.finetuned),
                 evaluate_seconds=time.perf_counter() - start,
-                peak_memory_bytes=peak_memory(),
-                peak_gpu_bytes=torch.cuda.max_memory_allocated() if job.device.type == "cuda" else 0,
+                peak_memory_bytes=memory,
+                peak_gpu_bytes=gpu_memory,
             ),
         )
         self._write(record)
@@ -204,3 +215,9 @@ class Run:
         """Write the record, and the recipe that gives it: evaluation and formats may be others than before."""
         self.folder.write_text("recipe.json", self.job.recipe.to_json())
         self.folder.write_text(FILE, record.to_json())
+
+
+def _process(device: torch.device) -> dict[str, Any]:
+    """Describe what this process runs on, and the most memory it has taken so far, its own and the GPU's, in bytes."""
+    gpu = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+    return {"machine": machine(device), "peaks": [peak_memory(), gpu]}

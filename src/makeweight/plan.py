@@ -69,7 +69,7 @@ def compose(
     setting, a repeated part, and parts that cannot stand together.
     """
     known = zoo()
-    names = [name for part in method.split("+") for name in expand(part.strip().lower())]
+    names = parts_of(method)
     if repeated := {name for name in names if names.count(name) > 1}:
         raise UserError(f"method {method!r} names {min(repeated)} twice: name each part once.")
     changes: dict[str, dict[str, Any]] = {name: dict(given) for name, given in (options or {}).items()}
@@ -87,6 +87,11 @@ def compose(
     places = list(known)
     names.sort(key=lambda name: (known[name].stage, places.index(name)))
     return _plan(method, {name: steps[name] for name in names})
+
+
+def parts_of(method: str) -> list[str]:
+    """Return the methods that a method string stands for; raises UserError for an unknown one."""
+    return [name for part in method.split("+") for name in expand(part.strip().lower())]
 
 
 def expand(name: str) -> tuple[str, ...]:

@@ -24,4 +24,4 @@ def test_a_row_compares_the_same_seeds() -> None:
 
 
 def test_help_is_counted_for_hosts_that_clip_on_both_texts() -> None:
-    assert helped(CELLS) == "sde and cl lower both perplexities of a host that clips in 1 of 2 cells."
+    assert helped(CELLS).startswith("Of 2 runs ") and ", 1 end with both perplexities lower " in helped(CELLS)

@@ -16,7 +16,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from makeweight.calib.data import calibration_tokens, evaluation_windows, read_text, token_stream
+from makeweight.calib import data
+from makeweight.calib.data import behind, calibration_tokens, evaluation_windows, read_text, token_stream
 from makeweight.calib.named import HUB, NAMES
 from makeweight.errors import UserError
 
@@ -219,3 +220,28 @@ def test_python_code_is_a_second_domain_with_disjoint_parts() -> None:
     assert not train & held_out
     assert sum(map(len, train)) > 10 * sum(map(len, held_out)) > 1_000_000 / 10
     assert any("def " in module for module in held_out)
+
+
+def test_long_calibration_text_is_tokenised_in_parts(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parts end where a line does, or else anywhere; what begins a stream is there once."""
+    text = "ab\n" * 20 + "c" * 50 + "\nd"
+    source = write(tmp_path / "a.txt", text)
+    monkeypatch.setattr(data, "TOGETHER", 16)
+    seen: list[tuple[str, bool]] = []
+
+    def spy(part: str, *, add_special_tokens: bool, **options: Any) -> Any:
+        seen.append((part, add_special_tokens))
+        return tokenizer(part, add_special_tokens=add_special_tokens, **options)
+
+    stream = token_stream(spy, source, split="train")  # pyright: ignore[reportArgumentType]
+    assert decoded(tokenizer, stream) == text
+    assert max(len(part) for part, _ in seen) <= 16 and [first for _, first in seen] == [True] + [False] * 7
+    assert all(part.endswith("\n") for part, _ in seen[:4])
+
+
+def test_a_model_that_needs_its_first_token_gets_it_in_every_sample() -> None:
+    tokens_NT = torch.arange(6).view(2, 3)
+    assert behind(9, tokens_NT).tolist() == [[9, 1, 2], [9, 4, 5]] and tokens_NT[0, 0] == 0
+    assert behind(None, tokens_NT) is tokens_NT

@@ -82,3 +82,11 @@ def test_tokens_come_as_often_as_they_are_likely_and_never_without_a_chance() ->
     shares = drawn.flatten().bincount(minlength=6) / len(drawn)
     torch.testing.assert_close(shares, chances[0], rtol=0, atol=0.012)
     assert shares[[0, 2, 5]].eq(0).all()
+
+
+def test_every_sample_begins_with_the_token_that_the_model_needs(tmp_path: Path) -> None:
+    ckpt = open_checkpoint(str(tiny_folder("gemma2", tmp_path / "model")))
+    assert ckpt.start_token(ckpt.tokenizer()) == 256
+    assert written_tokens(ckpt, given(), 4, device=CPU, seed=0, start=256)[:, 0].tolist() == [256] * 4
+    llama = open_checkpoint(str(tiny_folder("llama", tmp_path / "llama")))
+    assert llama.start_token(llama.tokenizer()) is None

@@ -69,6 +69,9 @@ class FakeCheckpoint:
     def tokenizer(self) -> None:
         return None
 
+    def start_token(self, tokenizer: None) -> None:
+        return tokenizer
+
     def skeleton(self) -> nn.Module:
         skeleton = copy.deepcopy(self.model)
         blocks_of(skeleton, self.spec.blocks).to("meta")

@@ -59,7 +59,7 @@ def test_the_home_folder_has_a_short_name(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_a_folder_of_another_run(tmp_path: Path) -> None:
     claim(tmp_path / "out", "theirs")
-    assert "belongs to a run with another recipe or model" in refused(tmp_path / "out")
+    assert "belongs to a run with another recipe, model, text or version" in refused(tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", ["config.json", ".hidden", "model-00001-of-00002.safetensors"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -170,3 +171,17 @@ def test_only_one_block_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert {name.split(".")[2] for name in read} == {"2"}
     with safe_open(tmp_path / "model.safetensors", framework="pt") as handle:
         assert len(read) == sum(name.startswith("model.layers.2.") for name in handle.keys())  # noqa: SIM118
+
+
+def test_tied_weights_may_be_stored_under_either_name(tmp_path: Path) -> None:
+    """safetensors' own save_model keeps the first of shared names, a head."""
+    whole = tiny_folder("llama-tied", tmp_path / "whole")
+    folder = shutil.copytree(whole, tmp_path / "renamed")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    ours, theirs = (open_checkpoint(str(path)) for path in (folder, whole))
+    first, second = (dict(ckpt.skeleton().named_parameters(remove_duplicate=False)) for ckpt in (ours, theirs))
+    assert torch.equal(first["model.embed_tokens.weight"], second["model.embed_tokens.weight"])
+    assert first["model.embed_tokens.weight"] is first["lm_head.weight"]
+    assert dict(ours.rest())["lm_head.weight"] is not None and len(dict(ours.rest())) == len(dict(theirs.rest()))

@@ -5,14 +5,23 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from makeweight.errors import UserError
+from makeweight.export.run import export_model
 from makeweight.models import gguf
 from makeweight.models.gguf import demo_model
+from makeweight.models.gguf_rope import LLAMA3
 from makeweight.models.load import open_checkpoint
+from makeweight.numerics.scheme import Scheme
+from makeweight.pipeline import quantize
+from makeweight.recipe import Eval
+from tests.runs import our_logits, small
+from tests.tiny import tiny_folder, tiny_tokenizer
 
 
 @pytest.fixture
@@ -22,12 +31,17 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def _write(file: Path, architecture: str = "llama") -> Path:
+def _write(file: Path, architecture: str = "llama", *, parts: int = 1, scaling: str = "", factors: str = "") -> Path:
     import numpy
     from gguf import GGUFWriter
 
     writer = GGUFWriter(file, architecture)
     writer.add_block_count(1)
+    writer.add_uint16("split.count", parts)
+    if scaling:
+        writer.add_string(f"{architecture}.rope.scaling.type", scaling)
+    if factors:
+        writer.add_tensor(factors, numpy.arange(1, 5, dtype=numpy.float32))
     writer.add_tensor("token_embd.weight", numpy.ones((8, 32), dtype=numpy.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -68,6 +82,60 @@ def test_a_block_type_that_the_package_does_not_know(tmp_path: Path, cache: Path
 def test_an_unknown_architecture_leaves_nothing_behind(tmp_path: Path, cache: Path) -> None:
     with pytest.raises(UserError, match="cannot be converted by transformers"):
         open_checkpoint(_write(tmp_path / "model.gguf", "no-such-model"))
+    assert list(cache.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("asks", "says"),
+    [
+        ({"parts": 2}, "is one part of a split model: merge the parts"),
+        ({"scaling": "yarn"}, r"scales its rotary positions in a way .* \(rope\.scaling\.type yarn\)"),
+        ({"factors": "rope_factors_long.weight"}, r"scales its rotary positions in a way .*_long\.weight\)"),
+        ({"factors": "rope_freqs.weight"}, r"scales its rotary positions in a way .* \(rope_freqs\.weight\)"),
+    ],
+)
+def test_what_transformers_would_leave_out_is_refused(
+    asks: dict[str, Any], says: str, tmp_path: Path, cache: Path
+) -> None:
+    with pytest.raises(UserError, match=says):
+        open_checkpoint(_write(tmp_path / "model.gguf", **asks))
+    assert not cache.exists()
+
+
+@pytest.mark.parametrize(
+    "scaling", [{**LLAMA3, "factor": 32.0}, {"rope_type": "linear", "factor": 4.0}], ids=lambda item: item["rope_type"]
+)
+def test_scaled_positions_come_back(
+    scaling: dict[str, Any], text: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What one run writes another reads: transformers' own reader would leave the scaling out."""
+    import transformers
+
+    # A tokenizer without merges, which the tiny one is, does not come back from a GGUF file.
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: tiny_tokenizer())
+    source = tiny_folder("llama", tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    positions = {**scaling, "rope_theta": 500000.0}
+    (source / "config.json").write_text(json.dumps({**config, "rope_parameters": positions}))
+    scheme = Scheme.parse("W8A16_sym")
+    quantize(small(source, tmp_path / "out", text, method="rtn", scheme=scheme, eval=Eval(datasets=(), seqlen=64)))
+    (item,) = export_model(tmp_path / "out", ["gguf"], out=tmp_path)
+    again = open_checkpoint(next(item.path.glob("*.gguf")))
+    assert again.config.rope_parameters == positions
+    tokens = torch.randint(0, 256, (1, 200), generator=torch.Generator().manual_seed(1))
+    ours, theirs = (our_logits(folder, tokens) for folder in (again.path, tmp_path / "out"))
+    assert (ours - theirs).norm() < 0.02 * theirs.norm()
+
+
+def test_missing_tensors_are_not_made_up(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers
+
+    model = SimpleNamespace(all_tied_weights_keys={"lm_head.weight": "model.embed_tokens.weight"})
+    loaded = (model, {"missing_keys": {"lm_head.weight", "model.layers.0.mlp.up_proj.weight"}})
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: loaded)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: None)
+    with pytest.raises(UserError, match=r"lacks model\.layers\.0\.mlp\.up_proj\.weight"):
+        open_checkpoint(_write(tmp_path / "model.gguf"))
     assert list(cache.iterdir()) == []
 
 

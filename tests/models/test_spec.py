@@ -74,6 +74,8 @@ def test_a_wrong_path_is_caught() -> None:
 def test_families_are_discovered() -> None:
     names = {spec.family for spec in all_specs()}
     assert {"llama", "qwen2", "qwen3", "gemma2", "gemma3", "opt", "opt-post-norm", "phi3"} <= names
+    tried = {spec_for(tiny_model(family).config).family for family in FAMILIES}
+    assert names <= tried, "a family has no tiny configuration, so that no test proves its edges"
 
 
 def test_other_families_get_a_spec_without_edges() -> None:

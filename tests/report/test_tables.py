@@ -71,6 +71,10 @@ def test_without_an_original() -> None:
     assert row[0] == "lwc+sde+cl"
 
 
+def test_the_originals_bits_are_those_of_its_file() -> None:
+    assert printed(a_record(source_bits=32))[1][3] == "32"
+
+
 def test_nothing_measured() -> None:
     head, row = printed(a_record(perplexities=(), baselines=()))
     assert " ".join(head) == "bits/weight file MB seconds peak MB"

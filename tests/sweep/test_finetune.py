@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +32,7 @@ from tests.tiny import VOCABULARY, tiny_folder
 NOT_MEASURED = Eval(datasets=(), seqlen=64)
 pytestmark = pytest.mark.usefixtures("known_rate")
 STEPS = {"e2e": {"steps": 12, "batch_size": 2, "rate": 2e-2}}
-ROUNDING = {"e2e": {**STEPS["e2e"], "rounding": True, "steps": 24, "rounding_rate": 0.05}}
+ROUNDING = {"e2e": {**STEPS["e2e"], "rounding": True, "steps": 60, "rounding_rate": 0.03}}
 
 
 def a_recipe(model: Path, out: Path, text: Path, **changes: Any) -> Recipe:
@@ -62,7 +63,8 @@ def test_the_loss_is_that_of_the_written_model(family: str, rounding: bool, text
     recipe = a_recipe(source, out, text, method="mse", options={})
     quantize(recipe)
     tuner = tuner_of(replace(recipe, method="mse+e2e"), out, E2e(rounding=rounding))
-    tokens_NT = calibration_tokens(open_checkpoint(source).tokenizer(), str(text), nsamples=8, seqlen=32, seed=0)
+    tokens_NT = Job.prepare(replace(recipe, method="mse+e2e", out=str(tmp_path / "new"))).tokens_NT
+    assert tokens_NT is not None
     index = torch.arange(8)
     with torch.no_grad():
         loss = float(tuner._loss(index))  # pyright: ignore[reportPrivateUsage]
@@ -108,10 +110,20 @@ def test_it_brings_the_written_model_nearer(
     ours, plain = tensors(tmp_path / "out"), tensors(tmp_path / "plain")
     assert ours.keys() == plain.keys()
     changed = {name for name in ours if not torch.equal(ours[name], plain[name])}
-    kinds = ("weight_scale", "norm.weight", *(["weight_packed"] if options is ROUNDING else []))
+    kinds = ("weight_scale", "norm.weight")
     assert {kind for kind in kinds if any(name.endswith(kind) for name in changed)} == set(kinds)
-    assert all(name.endswith(kinds) for name in changed)
+    assert all(name.endswith((*kinds, "weight_packed") if options is ROUNDING else kinds) for name in changed)
     assert {name for name in ours if name.endswith("weight_scale")} <= changed
+
+
+def test_codes_that_moved_are_written(llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether a state with other codes is better is a matter of luck in a model this small: the last one is kept."""
+    falling = itertools.count(0, -1)
+    monkeypatch.setattr(Finetune, "_check", lambda _: float(next(falling)))
+    quantize(a_recipe(llama, tmp_path / "plain", text, method="mse", options={}))
+    quantize(a_recipe(llama, tmp_path / "out", text, options=ROUNDING))
+    ours, plain = tensors(tmp_path / "out"), tensors(tmp_path / "plain")
+    assert any(not torch.equal(ours[name], plain[name]) for name in ours if name.endswith("weight_packed"))
 
 
 @pytest.mark.parametrize("rounding", [False, True])
@@ -207,6 +219,18 @@ def test_killed_on_the_way(owner: type, name: str, call: int, llama: Path, text:
     assert shards == {k: data for k, data in files(tmp_path / "straight").items() if k.endswith(".safetensors")}
     assert record.digest == straight.digest == Record.load(tmp_path / "out").digest
     assert not list((tmp_path / "out").glob("*scratch*"))
+
+
+def test_seconds_before_a_kill_count(llama: Path, text: Path, tmp_path: Path) -> None:
+    recipe = a_recipe(llama, tmp_path / "out", text, method="mse", options={})
+    quantize(recipe)
+    tuner = tuner_of(replace(recipe, method="mse+e2e"), tmp_path / "out", E2e(steps=3, batch_size=2))
+    saved: list[dict[str, Tensor]] = []
+    tuner.at.seconds = 1000.0
+    assert 1000 < tuner.run(saved.append)["seconds"] < 1900
+    tuner.at.seconds = 0.0
+    tuner.restore(saved[-1])
+    assert tuner.at.seconds > 1000
 
 
 def test_norms_of_a_wide_checkpoint_are_copied() -> None:

@@ -15,7 +15,7 @@ from makeweight.methods.base import MapStep
 from makeweight.methods.grid.clip import Lwc, Rtn
 from makeweight.methods.weight.sde import Sde
 from makeweight.sweep.chain import Chain
-from makeweight.sweep.descent import FINAL_RATE
+from makeweight.sweep.descent import FINAL_RATE, Descent
 from makeweight.sweep.judge import Judge
 from tests.sweep.problem import Problem, problem
 
@@ -99,8 +99,20 @@ def test_the_last_step_is_not_what_is_kept(case: Problem) -> None:
     assert same(start, learned(chain))
 
 
-def test_the_mean_of_the_last_states_is_kept_where_it_is_better(case: Problem) -> None:
-    chain, states = case.chain(Sde(band=2, rate=0.3)), list[list[Tensor]]()
+def test_the_mean_of_the_last_states_is_kept_where_it_is_better(case: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
+    """States that jump about a good one are worse than their mean."""
+    good = case.chain(grid=Lwc())
+    case.fit(good, steps=48).run()
+    middle = [group.detach().clone() for learnable in good.learnables() for group in learnable.params]
+    chain, states = case.chain(grid=Lwc()), list[list[Tensor]]()
+
+    @torch.no_grad()
+    def jump(descent: Descent, number: int, share: float = 1.0) -> None:
+        params = [group for learnable in chain.learnables() for group in learnable.params]
+        for parameter, value in zip(params, middle, strict=True):
+            parameter.copy_(value + (3.0 if number % 2 else -3.0))
+
+    monkeypatch.setattr(Descent, "step", jump)
     fit = case.fit(chain, steps=48, tick=lambda: states.append(learned(chain)))
     report = fit.run()
     assert report.averaged and report.best_step == 48

@@ -60,13 +60,12 @@ def capture(
     probe_1T = tokens_NT[:1].to(device)
     kwargs = _dry_run(model, blocks_path, probe_1T, dtype)
     # Whatever changes with the tokens (per-layer embeddings, a shared residual) cannot be replayed for other samples.
-    for index, (ours, others) in enumerate(
-        zip(kwargs, _dry_run(model, blocks_path, probe_1T.flip(1), dtype), strict=True)
-    ):
+    both = _dry_run(model, blocks_path, torch.cat([probe_1T, probe_1T.flip(1)]), dtype)
+    for index, (ours, others) in enumerate(zip(kwargs, both, strict=True)):
         for name, value in ours.items():
             if not _same(value, others[name]):
                 raise UserError(
-                    f"{type(model).__name__} gives block {index} an argument {name!r} that depends on the text: "
+                    f"{type(model).__name__} gives block {index} an argument {name!r} that depends on the samples: "
                     "block-wise work needs a model whose blocks see only hidden states, so choose another model."
                 )
 
@@ -245,9 +244,12 @@ def _clean(name: str, value: Any, dtype: torch.dtype, cleaned: dict[int, tuple[T
 
 
 def _same(ours: Any, others: Any) -> bool:
-    """Whether two recorded arguments hold the same tensors; what is not a tensor does not count."""
+    """Whether an argument recorded for one sample serves for others; what is not a tensor does not count."""
     if isinstance(ours, Tensor):
-        return isinstance(others, Tensor) and torch.equal(ours, others)
+        if not isinstance(others, Tensor) or ours.ndim != others.ndim:
+            return False
+        fits = all(one in (1, two) for one, two in zip(ours.shape, others.shape, strict=True))
+        return fits and torch.equal(ours.expand_as(others), others)
     if isinstance(ours, (tuple, list)):
         return len(ours) == len(others) and all(map(_same, ours, others))
     if isinstance(ours, dict):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 TEXT_SUFFIXES = (".txt", ".raw")
 SUFFIXES = (*TEXT_SUFFIXES, ".jsonl", ".parquet")
+TOGETHER = 1 << 23
+"""Characters of calibration text that are tokenised at once: a tokenizer takes tens of bytes of memory for each."""
 _DOCUMENT_BREAK = re.compile(r"\n(?:[ \t]*\n){2,}")
 
 
@@ -57,6 +59,7 @@ def token_stream(tokenizer: PreTrainedTokenizerBase, source: str, *, split: Spli
 
     Documents are joined by a blank line; to evaluate on a local text file it is taken whole, as it is. The tokenizer's
     own special tokens are added once, at the start of the stream, not per window (conventions of GPTQ and OmniQuant).
+    Long calibration text is tokenised in parts that end where a line does.
     """
     documents = read_text(source, split=split)
     path = Path(source).expanduser()
@@ -66,8 +69,17 @@ def token_stream(tokenizer: PreTrainedTokenizerBase, source: str, *, split: Spli
     else:
         text = (HUB[name].joiner if name in HUB else "\n\n").join(documents)
     # verbose=False: the stream is longer than the model's context on purpose, and the tokenizer would warn about it.
-    encoded = tokenizer(text, verbose=False, return_attention_mask=False, return_token_type_ids=False)
-    return torch.tensor(encoded["input_ids"], dtype=torch.int64)
+    plain: dict[str, Any] = {"verbose": False, "return_attention_mask": False, "return_token_type_ids": False}
+    streams = [
+        torch.tensor(tokenizer(part, add_special_tokens=not number, **plain)["input_ids"], dtype=torch.int64)
+        for number, part in enumerate(_lines_together(text) if split == "train" else [text])
+    ]
+    return torch.cat(streams)
+
+
+def behind(start: int | None, tokens_NT: Tensor) -> Tensor:
+    """Return samples with the token that their model cannot do without in place of their first, None for no such."""
+    return tokens_NT if start is None else torch.cat([torch.full_like(tokens_NT[:, :1], start), tokens_NT[:, 1:]], 1)
 
 
 def calibration_tokens(
@@ -121,6 +133,16 @@ def evaluation_texts(
     counts = windows if isinstance(windows, Sequence) else [windows] * len(sources)
     pairs = zip(sources, counts, strict=True)
     return [evaluation_windows(tokenizer, source, seqlen=seqlen, windows=count) for source, count in pairs]
+
+
+def _lines_together(text: str) -> Iterator[str]:
+    """Cut a text where a line ends, or else anywhere, into parts of at most TOGETHER characters."""
+    start = 0
+    while len(text) - start > TOGETHER:
+        end = text.rfind("\n", start, start + TOGETHER) + 1 or start + TOGETHER
+        yield text[start:end]
+        start = end
+    yield text[start:]
 
 
 def _windows(stream: Tensor, seqlen: int) -> Tensor:

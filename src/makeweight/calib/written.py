@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from makeweight.calib.capture import place
+from makeweight.calib.data import behind
 from makeweight.errors import UserError
 from makeweight.models.attention import speed_up
 from makeweight.models.checkpoint import Checkpoint
@@ -43,9 +44,13 @@ def written_tokens(
     *,
     device: torch.device,
     seed: int,
+    start: int | None = None,
     tick: Tick | None = None,
 ) -> Tensor:
-    """Return `count` samples as long as those given, int64 (count, T); the same seed gives the same on a machine."""
+    """Return `count` samples as long as those given, int64 (count, T); the same seed gives the same on a machine.
+
+    `start` is the token that every sample begins with, where there is one.
+    """
     model = speed_up(ckpt.skeleton())
     for index in range(ckpt.n_blocks):
         place(ckpt.load_block(model, index), device, DTYPE)
@@ -53,18 +58,21 @@ def written_tokens(
     generator = torch.Generator().manual_seed(seed)
     length = min(PIECE, given_NT.shape[1])
     words = _words(ckpt)
-    starts = _starts(given_NT, words, -(-count * given_NT.shape[1] // length), min(PROMPT, length // 2), generator)
-    parts = [part for rows in starts if len(rows) for part in rows.split(TOGETHER)]
+    pieces = -(-count * given_NT.shape[1] // length)
+    given_PL, single_P1 = _starts(given_NT, words, pieces, min(PROMPT, length // 2), generator)
+    if start is not None:
+        single_P1 = torch.cat([torch.full_like(single_P1, start), single_P1], 1)
+    parts = [part for rows in (given_PL, single_P1) if len(rows) for part in rows.split(TOGETHER)]
     done = []
-    for number, start in enumerate(parts):
-        done.append(_continue(model, start.to(device), length, generator).cpu())
+    for number, part in enumerate(parts):
+        done.append(_continue(model, part.to(device), length, generator).cpu())
         if tick is not None:
             tick(number + 1, len(parts))
     del model
     release_freed_memory()
     pieces_PL = torch.cat(done)
     mixed = pieces_PL[torch.randperm(len(pieces_PL), generator=generator)]
-    return mixed.flatten()[: count * given_NT.shape[1]].view(count, -1)
+    return behind(start, mixed.flatten()[: count * given_NT.shape[1]].view(count, -1))
 
 
 def writing_bytes(ckpt: Checkpoint, seqlen: int) -> float:

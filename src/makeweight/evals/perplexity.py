@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from makeweight.calib.capture import capture, find_device, finish, place, run_block
-from makeweight.calib.data import evaluation_texts
+from makeweight.calib.data import behind, evaluation_texts
 from makeweight.errors import UserError
 from makeweight.numerics.grid import round_tokens
 from makeweight.numerics.memory import release_freed_memory
@@ -76,7 +76,8 @@ def evaluate(
     texts = evaluation_texts(tokenizer, datasets, seqlen=seqlen, windows=windows)
     batch = max(1, BATCH_TOKENS // seqlen)
     start = time.perf_counter()
-    nll_N = window_nll(ckpt, torch.cat(texts), dtype=dtype or ckpt.dtype, device=where, batch=batch, progress=progress)
+    windows_NT = behind(ckpt.start_token(tokenizer), torch.cat(texts))
+    nll_N = window_nll(ckpt, windows_NT, dtype=dtype or ckpt.dtype, device=where, batch=batch, progress=progress)
     seconds = (time.perf_counter() - start) / len(nll_N)
     results: list[Perplexity] = []
     for name, text_NT, part_N in zip(datasets, texts, nll_N.split([len(text) for text in texts]), strict=True):

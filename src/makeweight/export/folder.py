@@ -59,7 +59,8 @@ class Folder:
         found = _read_json(folder / MARKER)
         if found is not None and found.get("identity") != identity:
             raise UserError(
-                f"{folder} belongs to a run with another recipe or model: give another --out, or delete it."
+                f"{folder} belongs to a run with another recipe, model, text or version of makeweight: "
+                "give another --out, or delete it."
             )
         if found is not None:
             if not found.get("done") and (began := found.get("device", device)) != device:
@@ -186,6 +187,15 @@ class Folder:
     def finish_tuning(self, report: Mapping[str, float]) -> None:
         """Note that every shard holds what was learned; `finish` drops what was set aside."""
         self._write_json(MARKER, {**(self.marker() or {}), "finetuned": dict(report)})
+
+    @property
+    def solved_by(self) -> dict[str, Any]:
+        """What was noted of the process that finished solving; empty before."""
+        return (self.marker() or {}).get("solved_by") or {}
+
+    def note_solver(self, facts: Mapping[str, Any]) -> None:
+        """Note what the process that finished solving was and took: later ones evaluate only."""
+        self._write_json(MARKER, {**(self.marker() or {}), "solved_by": dict(facts)})
 
     def unseal(self) -> None:
         """Take the manifest away before the folder changes: without it, the same command finishes the change."""

@@ -105,7 +105,16 @@ class Checkpoint:
             known = [item for item in (renamed, f"{prefix}{renamed}", renamed.removeprefix(prefix)) if item in own]
             inside = f"{prefix}{renamed}".startswith(f"{self.spec.blocks}.")
             stored[known[0] if known else f"{prefix}{renamed}" if inside else renamed] = name
+        # Of tied tensors a file may hold either: what safetensors keeps is the first by name, a head.
+        for name, partner in (getattr(self._layout, "all_tied_weights_keys", None) or {}).items():
+            if partner not in stored and name in stored:
+                stored[partner] = stored.pop(name)
         return stored
+
+    @property
+    def bits(self) -> int:
+        """Bits of a weight of the blocks as the file has it."""
+        return max(self._bits) if self._packed else 8 * self.dtype.itemsize
 
     def stored_name(self, name: str) -> str | None:
         """Return the name under which the file holds a tensor of the model, if it does."""
@@ -144,6 +153,11 @@ class Checkpoint:
             raise UserError(
                 f"{self.path} has no tokenizer that transformers can load ({first_line(error)}): add its files."
             ) from error
+
+    def start_token(self, tokenizer: PreTrainedTokenizerBase) -> int | None:
+        """Return the token that every text begins with, where the family needs one."""
+        first = tokenizer.bos_token_id if self.spec.needs_start else None
+        return first if isinstance(first, int) else None
 
     def skeleton(self, device: torch.device | str = "cpu") -> PreTrainedModel:
         """Build the causal model in eval mode with everything but the blocks' parameters on `device`.

@@ -1,11 +1,14 @@
-"""Gemma 1-3, text only: norms store w - 1; from Gemma 2 on each residual writer is followed by a norm."""
+"""Gemma 1-3, text only: norms store w - 1, every text begins with <bos>.
+
+From Gemma 2 on each residual writer is followed by a norm.
+"""
 
 from dataclasses import replace
 
 from makeweight.models import llama
 from makeweight.models.spec import Edge
 
-GEMMA = replace(llama.SPEC, family="gemma", architectures=("GemmaForCausalLM",), norm_offset=1.0)
+GEMMA = replace(llama.SPEC, family="gemma", architectures=("GemmaForCausalLM",), norm_offset=1.0, needs_start=True)
 GEMMA2 = replace(
     GEMMA,
     family="gemma2",

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from makeweight.errors import UserError
+from makeweight.models.gguf_rope import UnknownScaling, rope_scaling
 from makeweight.models.shards import first_line
 
 MAGIC = b"GGUF"
@@ -58,11 +59,11 @@ def to_folder(file: Path) -> Path:
     target = cache_folder() / digest[:16]
     if target.is_dir():
         return target
-    _check_complete(file)
+    scaling = _check(file)
     target.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f"{target.name}.part.", dir=target.parent))
     try:
-        _convert(file, part)
+        _convert(file, part, scaling)
         _publish(part, target)
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -78,12 +79,14 @@ def _publish(part: Path, target: Path) -> None:
             raise
 
 
-def _check_complete(file: Path) -> None:
+def _check(file: Path) -> dict[str, Any]:
+    """Refuse a file that is cut short or one of several, and return how its rotary positions are scaled."""
     from gguf import GGUFReader
 
     broken = f"{file} is not a complete GGUF file (cut short or damaged): download it again."
     try:
-        tensors = GGUFReader(file).tensors
+        reader = GGUFReader(file)
+        tensors, parts = reader.tensors, reader.fields.get("split.count")
     # The reader meets damage wherever it happens to look, so any type of error may come.
     except Exception as error:
         if "GGMLQuantizationType" in str(error):  # a type newer than the package, or damage that looks like one
@@ -95,20 +98,41 @@ def _check_complete(file: Path) -> None:
     size = file.stat().st_size
     if not tensors or max(int(item.data_offset) + int(item.n_bytes) for item in tensors) > size:
         raise UserError(broken)
+    if parts is not None and parts.contents() > 1:
+        raise UserError(f"{file} is one part of a split model: merge the parts first (llama-gguf-split --merge).")
+    try:
+        return rope_scaling(reader)
+    except UnknownScaling as error:
+        raise UserError(
+            f"{file} scales its rotary positions in a way that cannot be read from GGUF files ({error}): "
+            "give the folder that it was made from."
+        ) from error
 
 
-def _convert(file: Path, folder: Path) -> None:
+def _convert(file: Path, folder: Path, scaling: dict[str, Any]) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     arguments: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
     with _quiet():
         try:
-            model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **arguments)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                file.parent, dtype=torch.float32, output_loading_info=True, **arguments
+            )
             tokenizer = AutoTokenizer.from_pretrained(file.parent, **arguments)
         except (ValueError, KeyError, OSError, ImportError, NotImplementedError, RuntimeError) as error:
             raise UserError(
                 f"{file} cannot be converted by transformers ({first_line(error)}): give a Hugging Face folder."
             ) from error
+        model, found = loaded
+        if missing := sorted({*found["missing_keys"]} - {*(getattr(model, "all_tied_weights_keys", None) or {})}):
+            raise UserError(f"{file} lacks {missing[0]}, which transformers would make up: give a complete model.")
+        if scaling:
+            positions = getattr(model.config, "rope_parameters", None) or {}
+            if "rope_theta" not in positions:
+                raise UserError(
+                    f"{file} scales the rotary positions of some layers only: give the folder it was made from."
+                )
+            model.config.rope_parameters = {**positions, **scaling}
         nn.Module.to(model, torch.bfloat16)
         # The loader marks the model as quantized, and a marked model does not save its plain weights.
         for mark in ("hf_quantizer", "is_quantized"):

@@ -1,7 +1,8 @@
 """OPT: layer norms, learned positions, ReLU; the 350m normalises after the residual sum.
 
 A norm edge needs the norm's output to feed linears only and the norm to have weights; fc1 to fc2 needs an
-activation with f(s x) = s f(x). What the configuration does not grant has no edge.
+activation with f(s x) = s f(x). What the configuration does not grant has no edge, and a
+configuration that is none of these is no family of its own.
 """
 
 from dataclasses import replace
@@ -46,6 +47,5 @@ OPT_POST_NORM = replace(
     requires=(("do_layer_norm_before", False), *_RELU),
     notes="The norms' output is the residual stream itself: nothing can be folded into or out of them.",
 )
-OPT_PLAIN = replace(OPT_POST_NORM, family="opt-plain", edges=(_VALUE,), requires=())
 
-SPECS = (OPT, OPT_SMOOTH, OPT_POST_NORM, OPT_PLAIN)
+SPECS = (OPT, OPT_SMOOTH, OPT_POST_NORM)

@@ -67,6 +67,8 @@ class ModelSpec:
     norm: Literal["rms", "layer"] = "rms"
     norm_offset: float = 0.0
     """What the norm adds to its stored weight: 1 where w - 1 is stored."""
+    needs_start: bool = False
+    """Whether text without the tokenizer's first token makes no sense to the model (Gemma)."""
     fused: tuple[Fused, ...] = ()
     requires: tuple[tuple[str, object], ...] = ()
     notes: str = ""

@@ -1,7 +1,8 @@
 """The uniform integer grid: ranges to scales, weights to codes, and rounding that gradients pass through.
 
 Shapes: O out, I in, G groups per row, S inputs per group (I = G * S). Codes and zero-points are signed, in
-[-2**(b-1), 2**(b-1) - 1], the convention of compressed-tensors, whose rounding this equals bit for bit.
+[-2**(b-1), 2**(b-1) - 1], the convention of compressed-tensors, whose rounding this equals bit for bit (but
+for bfloat16 scales below FINEST).
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ from torch import Tensor
 
 from makeweight.numerics.flips import Flips, flip_slopes
 from makeweight.numerics.scheme import Scheme
+
+FINEST = 2.0**-17
+"""Below this bfloat16 has finer steps than float16, in which other formats keep scales."""
 
 
 def grouped(weight_OI: Tensor, group: int) -> Tensor:
@@ -29,7 +33,7 @@ def ranges(weight_OGS: Tensor) -> tuple[Tensor, Tensor]:
 def qparams(low_OG: Tensor, high_OG: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Turn ranges with low <= 0 <= high into scales and integer zero-points, both (O, G) in the ranges' dtype.
 
-    Scales are rounded to values that `scale_dtype` holds.
+    Scales are rounded by `held_scales`.
     A group of zeros, or one whose scale is too small for `scale_dtype`, gets that dtype's epsilon as its scale.
     """
     steps = scheme.qmax - scheme.qmin
@@ -39,9 +43,16 @@ def qparams(low_OG: Tensor, high_OG: Tensor, scheme: Scheme, scale_dtype: torch.
     else:
         raw_OG = (high_OG - low_OG) / steps
         zero_OG = (scheme.qmin - low_OG / raw_OG).nan_to_num(nan=0.0).clamp(scheme.qmin, scheme.qmax).round()
-    scale_OG = raw_OG.clamp(max=torch.finfo(scale_dtype).max).to(scale_dtype)
-    scale_OG = torch.where(scale_OG == 0, torch.finfo(scale_dtype).eps, scale_OG)
-    return scale_OG.to(raw_OG.dtype), zero_OG
+    scale_OG = held_scales(raw_OG, scale_dtype)
+    return torch.where(scale_OG == 0, torch.finfo(scale_dtype).eps, scale_OG), zero_OG
+
+
+def held_scales(scale_OG: Tensor, scale_dtype: torch.dtype) -> Tensor:
+    """Round scales to values that `scale_dtype` holds, and float16 as well where that is coarser; the dtype stays."""
+    held_OG = scale_OG.clamp(max=torch.finfo(scale_dtype).max).to(scale_dtype).to(scale_OG.dtype)
+    if scale_dtype != torch.bfloat16:
+        return held_OG
+    return torch.where(held_OG < FINEST, held_OG.half().to(held_OG.dtype), held_OG)
 
 
 def to_codes(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from makeweight.numerics.grid import from_codes, grouped, scale_slope, to_codes
+from makeweight.numerics.grid import from_codes, grouped, held_scales, scale_slope, to_codes
 from makeweight.numerics.scheme import Scheme
 
 
@@ -19,8 +19,8 @@ def stored(scale_OG: Tensor, zero_OG: Tensor, scheme: Scheme, scale_dtype: torch
 
     What `qparams` gives is left as it is.
     """
-    info = torch.finfo(scale_dtype)
-    held_OG = scale_OG.clamp(info.smallest_normal * info.eps, info.max).to(scale_dtype).to(scale_OG.dtype)
+    narrow = torch.finfo(torch.float16 if scale_dtype == torch.bfloat16 else scale_dtype)
+    held_OG = held_scales(scale_OG.clamp(min=narrow.smallest_normal * narrow.eps), scale_dtype)
     return held_OG, zero_OG.clamp(scheme.qmin, scheme.qmax).round()
 
 

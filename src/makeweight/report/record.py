@@ -49,6 +49,7 @@ class Record:
     exports: tuple[Mapping[str, Any], ...] = ()
     finetune: Mapping[str, float] = field(default_factory=dict)
     machine: Mapping[str, str] = field(default_factory=dict)
+    source_bits: int = 16
 
     @property
     def method(self) -> str:

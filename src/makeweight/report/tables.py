@@ -34,7 +34,7 @@ def compare(records: Sequence[Record], console: Console | None = None) -> None:
         table.add_column(escape(column), justify="right", overflow="fold")
     if baselines:
         size = f"{records[0].source_bytes / 1e6:.1f}"
-        table.add_row("original", *_cells(baselines, names), "16", size, "", "")
+        table.add_row("original", *_cells(baselines, names), str(records[0].source_bits), size, "", "")
     for record in records:
         table.add_row(
             escape(record.method),

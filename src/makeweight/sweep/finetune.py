@@ -9,6 +9,7 @@ Shapes: N samples, B batch, T tokens, M = B * T, D hidden, C tokens at a time, V
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -51,6 +52,7 @@ class Progress:
     start: float = math.nan
     best: float = math.inf
     best_step: int = 0
+    seconds: float = 0.0
 
 
 class Finetune:
@@ -67,6 +69,7 @@ class Finetune:
         device: torch.device,
         seed: int,
     ) -> None:
+        began = time.perf_counter()
         self.ckpt, self.step, self.solved, self.device = ckpt, step, solved, device
         self.skeleton = speed_up(ckpt.skeleton()).requires_grad_(False)
         place(self.skeleton, device, context.dtype)
@@ -94,7 +97,7 @@ class Finetune:
         epochs = -(-step.steps * step.batch_size // len(train))
         self.queue = torch.cat([train[torch.randperm(len(train), generator=generator)] for _ in range(epochs)])
         self.descent = Descent(self.learnables(), step.steps)
-        self.at, self.best = Progress(), self._values()
+        self.at, self.best = Progress(seconds=time.perf_counter() - began), self._values()
 
     def refinements(self) -> dict[int, Refinement]:
         """Return what is learned, by block."""
@@ -109,7 +112,7 @@ class Finetune:
 
         `save` gets what `restore` takes, several times. Returns what to report: nats of divergence on held-out text.
         """
-        every = -(-self.step.steps // CHECKS)
+        every, began = -(-self.step.steps // CHECKS), time.perf_counter() - self.at.seconds
         if math.isnan(self.at.start):
             self.at.start = self.at.best = self._check()
         while self.at.step < self.step.steps:
@@ -121,6 +124,7 @@ class Finetune:
                 if error < self.at.best:
                     self.at.best, self.at.best_step, self.best = error, self.at.step, self._values()
                 finite = math.isfinite(error)
+                self.at.seconds = time.perf_counter() - began
                 if save is not None and finite:
                     save(self.state())
             if not finite:
@@ -128,7 +132,8 @@ class Finetune:
             if tick is not None:
                 tick(self.at.step, self.step.steps)
         self._take(self.best)
-        return {"before": self.at.start, "after": self.at.best, "best_step": self.at.best_step}
+        seconds = time.perf_counter() - began
+        return {"before": self.at.start, "after": self.at.best, "best_step": self.at.best_step, "seconds": seconds}
 
     @torch.no_grad()
     def freeze(self) -> dict[str, Tensor]:

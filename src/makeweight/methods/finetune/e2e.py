@@ -2,7 +2,7 @@
 
 The loss is that of the whole network, so that scales make up for what block-wise learning could not see. Nothing is
 added to the result: scales are stored anyway. `norms` learns the norms' weights as well, which are stored at 16 bits.
-`rounding` lets every code move: an offset is learned for each, and the code that is nearest counts. It needs four
+`rounding` lets every code move: an offset is learned for each, and the code that is nearest counts. It needs six
 numbers for every weight of the network at once, which the blocks before it never do.
 Sources: arXiv 2407.11062 (EfficientQAT, section 3.3); arXiv 2305.17888 (LLM-QAT) for learning all weights by the
 original's predictions. Learning a factor of each scale, and offsets of solved codes, are ours, as is the distance to
