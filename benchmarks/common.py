@@ -51,6 +51,12 @@ class Cells:
         part.replace(self.path)
 
 
+def divergences(results: Any) -> dict[str, float]:
+    """Name divergences from the original, in nats, by the folder of their text; empty where none was measured."""
+    compared = [result for result in results if result.divergence is not None]
+    return {Path(result.dataset).parent.name: round(result.divergence, 5) for result in compared}
+
+
 def perplexities(results: Any) -> dict[str, float]:
     """Name perplexities by the folder of their text: wikitext2, enwiki."""
     return {Path(result.dataset).parent.name: round(result.perplexity, 4) for result in results}

@@ -1,11 +1,15 @@
 """What each part adds: six methods, two schemes, three seeds, on the first 8 blocks of SmolLM2-135M.
 
-    python -m recipes.ablation
+    python -m recipes.ablation [METHOD ...]
 
-Blocks 8 and later stay at full precision, a quarter of the cost of the whole model. Resumes where it stopped.
+Blocks 8 and later stay at full precision, a quarter of the cost of the whole model. Resumes where it stopped, and
+several may run at once with different methods.
 """
 
 from __future__ import annotations
+
+import sys
+from dataclasses import replace
 
 from benchmarks.common import WORK, data, evaluation
 from makeweight.models.gguf import demo_model
@@ -31,17 +35,17 @@ def recipe(method: str, scheme: str, seed: int) -> Recipe:
         blocks=BLOCKS,
         calib=Calib(dataset=f"{data()}/enwiki/train.txt", **CALIB),
         tune=TUNE,
-        eval=evaluation(),
+        eval=replace(evaluation(), baseline=True),
         seed=seed,
     )
 
 
 def main() -> None:
     """Run every cell whose result is not there yet, one seed after the other."""
-    results = Results("ablation")
+    results, methods = Results("ablation"), sys.argv[1:] or METHODS
     for seed in SEEDS:
         for scheme in SCHEMES:
-            for method in METHODS:
+            for method in methods:
                 if method != "rtn" or seed == 0:  # nothing in it depends on the seed
                     results.run(f"{scheme}/{method}/{seed}", recipe(method, scheme, seed))
 

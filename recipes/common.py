@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 
-from benchmarks.common import RESULTS, Cells, perplexities
+from benchmarks.common import RESULTS, Cells, divergences, perplexities
 from makeweight.pipeline import quantize
 from makeweight.recipe import Recipe
 
@@ -30,6 +30,7 @@ class Results(Cells):
                 "scheme": str(recipe.scheme),
                 "seed": recipe.seed,
                 **perplexities(record.perplexities),
+                **({"divergence": found} if (found := divergences(record.perplexities)) else {}),
                 **({"original": perplexities(record.baselines)} if record.baselines else {}),
                 "bits_per_weight": round(record.bits_per_weight, 4),
                 "solve_seconds": round(record.cost.solve_seconds, 1),

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.common import RESULTS, ROOT, table
-from benchmarks.peers.table import markdown
+from benchmarks.peers.table import DOMAINS, markdown
 from recipes import hosts
 from recipes.ablation import BLOCKS, CALIB, TUNE
 
@@ -20,18 +20,17 @@ METHODS = ("rtn", "lwc", "lwc+lsi", "lwc+sde", "lwc+cl", "lwc+sde+cl")
 Cells = dict[str, dict[str, Any]]
 
 
-def spread(values: Sequence[float]) -> str:
+def spread(values: Sequence[float], digits: int = 2) -> str:
     """Return the mean, and the spread (largest minus smallest) where there are several seeds."""
-    mean = statistics.fmean(values)
-    return f"{mean:.2f}" if len(values) == 1 else f"{mean:.2f} ({max(values) - min(values):.2f})"
+    mean, width = statistics.fmean(values), max(values) - min(values)
+    return f"{mean:.{digits}f}" + (f" ({width:.{digits}f})" if len(values) > 1 else "")
 
 
 def core(cells: Cells) -> str:
     """Return the table of the whole model."""
     rows = []
-    for cell in cells.values():
-        if original := cell.get("original"):
-            rows.insert(0, ["original", f"{original['wikitext2']:.2f}", f"{original['enwiki']:.2f}", "16", "", ""])
+    if original := next((cell["original"] for cell in cells.values() if "original" in cell), None):
+        rows.append(["original", f"{original['wikitext2']:.2f}", f"{original['enwiki']:.2f}", "16", "", ""])
     for method in METHODS:
         for cell in (cell for cell in cells.values() if cell["method"] == method):
             minutes, memory = cell["solve_seconds"] / 60, cell["peak_memory_mb"] / 1000
@@ -54,10 +53,18 @@ def ablation(cells: Cells) -> str:
             found = [c for c in cells.values() if c["scheme"] == scheme and c["method"] == method]
             if found:
                 seeds = str(len(found)) if method != "rtn" else "-"
-                domains = [spread([cell[name] for cell in found]) for name in ("wikitext2", "enwiki")]
-                rows.append([f"`{method}`", *domains, seeds])
-        parts.append(table((f"first 8 blocks, {scheme}", "WikiText-2", "enwiki", "seeds"), rows))
+                domains = [spread([cell[name] for cell in found]) for name in DOMAINS]
+                rows.append([f"`{method}`", *domains, *(_divergence(found, name) for name in DOMAINS), seeds])
+        names = DOMAINS.values()
+        header = (f"first 8 blocks, {scheme}", *names, *(f"KL {name}" for name in names), "seeds")
+        parts.append(table(header, rows))
     return "\n\n".join([protocol(), *parts])
+
+
+def _divergence(cells: Sequence[Mapping[str, Any]], name: str) -> str:
+    """Return the spread of the divergences from the original's predictions, a dash where one was not measured."""
+    found = [cell.get("divergence", {}).get(name) for cell in cells]
+    return "-" if None in found else spread(found, digits=4)
 
 
 def protocol() -> str:
@@ -65,7 +72,8 @@ def protocol() -> str:
     return (
         f"Blocks {BLOCKS[0]} to {BLOCKS[1] - 1} alone, the others at 16 bits: {CALIB['nsamples']} x "
         f"{CALIB['seqlen']} tokens of calibration, {TUNE.steps} steps of {TUNE.batch_size} samples for each block. In "
-        "brackets is the largest minus the smallest of the seeds."
+        "brackets is the largest minus the smallest of the seeds. KL is the divergence from the original's "
+        "predictions, nats for each token, 0 where nothing is lost."
     )
 
 

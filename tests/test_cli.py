@@ -187,14 +187,19 @@ def test_errors_of_the_engine(
 def test_evaluate(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     asked: list[Any] = []
 
+    def found(names: tuple[str, ...], **more: float) -> list[SimpleNamespace]:
+        same = {"perplexity": 20.4321, "windows": 12, "tokens": 24564, "seconds": 3.21}
+        return [SimpleNamespace(dataset=name, **(same | more)) for name in names]
+
     def measure(path: str, **options: Any) -> list[SimpleNamespace]:
         asked.append((path, options))
-        return [
-            SimpleNamespace(dataset=name, perplexity=20.4321, windows=12, tokens=24564, seconds=3.21)
-            for name in options["datasets"]
-        ]
+        return found(options["datasets"])
 
-    stand_in(monkeypatch, "makeweight.evals.perplexity", evaluate=measure)
+    def both(path: str, original: str, texts: SimpleNamespace) -> tuple[list[SimpleNamespace], ...]:
+        results = found(texts.datasets, divergence=0.12345, same_top=0.876)
+        return results, found(texts.datasets, perplexity=len(path + original))
+
+    stand_in(monkeypatch, "makeweight.evals.perplexity", evaluate=measure, compare=both, Texts=SimpleNamespace)
     assert main("evaluate folder --dataset [a] --dataset b.txt --windows 12 --device cpu".split()) == 0
     wanted = {"datasets": ("[a]", "b.txt"), "seqlen": 2048, "windows": 12, "device": "cpu", "trust_remote_code": False}
     assert asked == [("folder", wanted)]
@@ -202,6 +207,10 @@ def test_evaluate(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
     assert "[a]" in out and "20.432" in out and "24564" in out
     assert main(["evaluate", "org/name"]) == 0
     assert asked[1][1]["datasets"] == ("python-docs",)
+    capsys.readouterr()
+    assert main("evaluate folder --against first --dataset b.txt".split()) == 0
+    out = capsys.readouterr().out
+    assert all(word in out for word in ("20.432", "11.000", "0.1235", "87.6 %"))
 
 
 def test_inspect(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -158,7 +158,10 @@ def test_evaluating_is_part_of_it(recipe: Recipe, ckpt: Checkpoint) -> None:
     both, alone = (after(40, replace(recipe, eval=replace(recipe.eval, baseline=b))) for b in (True, False))
     assert both.evaluate_seconds == 2 * alone.evaluate_seconds > 0
     assert after(80, recipe).evaluate_seconds == 2 * both.evaluate_seconds
-    assert after(4000, recipe).memory_bytes - after(2000, recipe).memory_bytes == 2000 * 2048 * 64 * 2
+    for baseline in (True, False):
+        asked = replace(recipe, eval=replace(recipe.eval, baseline=baseline))
+        more = after(4000, asked).memory_bytes - after(2000, asked).memory_bytes
+        assert more == (1 + baseline) * 2000 * 2048 * 64 * 2  # the original's states wait for the result's
     assert " and evaluating about " in after(10**6, recipe).sentence()
 
 

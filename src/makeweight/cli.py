@@ -205,23 +205,29 @@ def evaluate(
     dataset: Annotated[list[str] | None, typer.Option(metavar="NAME", help=f"Text; repeat for more [{TEXT}].")] = None,
     seqlen: Annotated[int, typer.Option(help="Tokens per window.", min=2)] = 2048,
     windows: Annotated[int | None, typer.Option(help="The first windows only [all].", min=1)] = None,
+    against: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Say how far predictions are from this model's.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
 ) -> None:
-    """Measure the perplexity of a model on texts."""
+    """Measure the perplexity of a model on texts, and with --against what is left of its original."""
+    from makeweight.evals.perplexity import Texts, compare
     from makeweight.evals.perplexity import evaluate as measure
 
-    names = tuple(dataset) if dataset else (TEXT,)
-    results = measure(
-        path,
-        datasets=names,
-        seqlen=seqlen,
-        windows=windows,
-        device=device,
-        trust_remote_code=trust_remote_code,
-    )
-    rows = [(r.dataset, f"{r.perplexity:.3f}", str(r.windows), str(r.tokens), f"{r.seconds:.1f}") for r in results]
-    _print_table(("dataset", "perplexity", "windows", "tokens", "seconds"), rows)
+    wanted = {
+        "datasets": tuple(dataset) if dataset else (TEXT,),
+        "seqlen": seqlen,
+        "windows": windows,
+        "device": device,
+        "trust_remote_code": trust_remote_code,
+    }
+    results, originals = compare(path, against, Texts(**wanted)) if against else (measure(path, **wanted), ())
+    rows = [[r.dataset, f"{r.perplexity:.3f}", str(r.windows), str(r.tokens), f"{r.seconds:.1f}"] for r in results]
+    for row, result, original in zip(rows, results, originals, strict=False):
+        row[2:2] = [f"{original.perplexity:.3f}", f"{result.divergence:.4f}", f"{100 * (result.same_top or 0):.1f} %"]
+    compared = ("original's", "KL divergence", "same top") if originals else ()
+    _print_table(("dataset", "perplexity", *compared, "windows", "tokens", "seconds"), rows)
 
 
 @app.command()

@@ -14,7 +14,7 @@ import torch
 
 from makeweight.calib.written import writing_bytes
 from makeweight.errors import UserError
-from makeweight.evals import perplexity
+from makeweight.evals import perplexity, predictions
 from makeweight.methods.base import FinetuneStep
 from makeweight.numerics.attention import kept_bytes
 from makeweight.numerics.flops import block_flops, matmul_rate, step_flops
@@ -231,12 +231,17 @@ def _finetune_work(
 
 
 def _evaluating(recipe: Recipe, ckpt: Checkpoint, shapes: Sequence[tuple[int, int]], windows: int) -> float:
-    """Return bytes of evaluating: norms and head in fp32, a block, every window's hidden states, a batch, logits."""
+    """Return bytes of evaluating: norms and head in fp32, a block, every window's hidden states, a batch, logits.
+
+    Norms, head and states of the original are there as well where it is compared with.
+    """
     config, size = ckpt.config.get_text_config(), ckpt.dtype.itemsize
     states = windows * recipe.eval.seqlen * config.hidden_size * size
     batch = 16 * max(perplexity.BATCH_TOKENS, recipe.eval.seqlen) * config.hidden_size * size
     outside = _resident(ckpt) * 4 / size
-    return outside + size * sum(math.prod(shape) for shape in shapes) + states + batch + 2 * perplexity.LOGIT_BYTES
+    models = 1 + recipe.eval.baseline
+    block = size * sum(math.prod(shape) for shape in shapes)
+    return models * (outside + states) + block + batch + 2 * models * predictions.LOGIT_BYTES
 
 
 def _evaluation_seconds(

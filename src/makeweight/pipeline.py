@@ -181,8 +181,7 @@ class Run:
         """Evaluate the written folder and write the record."""
         job, folder = self.job, self.folder
         start, recipe = time.perf_counter(), job.recipe
-        perplexities = measure(recipe, str(folder.path), "evaluating the result")
-        baselines = measure(recipe, str(job.ckpt.path), "evaluating the original") if recipe.eval.baseline else ()
+        perplexities, baselines = measure(recipe, str(folder.path), str(job.ckpt.path))
         reports = tuple({"block": i, **(folder.report(i + 1) or {})} for i in job.blocks)
         digest, bits_per_weight = totals(reports)
         now = _process(job.device)

@@ -1,32 +1,30 @@
-"""Perplexity of a checkpoint, computed one block at a time, so that memory does not grow with depth.
+"""How well a model predicts texts: perplexity, and how far its predictions are from its original's.
 
-Shapes: N windows, B batch, T tokens, D hidden, V vocabulary.
+Perplexity asks how likely a text is; a model that changed may find it likelier by luck. The divergence asks how much
+of the original is left, whatever the text, and so tells apart what perplexity cannot (LOG.md).
+Shapes: N windows, T tokens, C tokens at a time, V vocabulary.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from makeweight.calib.capture import capture, find_device, finish, place, run_block
+from makeweight.calib.capture import find_device
 from makeweight.calib.data import behind, evaluation_texts
 from makeweight.errors import UserError
-from makeweight.numerics.grid import round_tokens
-from makeweight.numerics.memory import release_freed_memory
+from makeweight.evals.predictions import Predictions, Progress, predict
 
 if TYPE_CHECKING:
     from makeweight.models.load import Checkpoint
 
-Progress = Callable[[int, int], None]
-LOGIT_BYTES = 100_000_000
-"""Float32 logits held at once; their log-softmax takes as much again."""
 BATCH_TOKENS = 8192
 
 
@@ -35,6 +33,8 @@ class Perplexity:
     """How well a model predicts one text: exp of `nll`, the mean negative log-likelihood (nats) over the windows.
 
     `tokens` counts the text read (windows x seqlen); `seconds` is this text's share of a pass that may serve several.
+    Where the model was compared with its original, `divergence` is the mean over tokens of KL(original || model) in
+    nats, and `same_top` the share of tokens for which both think the same next one likeliest.
     """
 
     dataset: str
@@ -44,6 +44,59 @@ class Perplexity:
     tokens: int
     seqlen: int
     seconds: float
+    divergence: float | None = None
+    same_top: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Texts:
+    """What is read, and how: texts, windows of `seqlen` tokens (the first `windows`, one number or one each), device.
+
+    `dtype` is that of the blocks (None: the checkpoint's own).
+    """
+
+    datasets: Sequence[str]
+    seqlen: int = 2048
+    windows: int | Sequence[int] | None = None
+    device: str = "auto"
+    dtype: torch.dtype | None = None
+    trust_remote_code: bool = False
+
+    def read(self, model: str, progress: Progress | None = None) -> tuple[Predictions, list[int], float]:
+        """Return a model's predictions, how many windows each text has, and the seconds that it took."""
+        from makeweight.models.load import open_checkpoint
+
+        device = find_device(self.device)
+        ckpt = open_checkpoint(model, trust_remote_code=self.trust_remote_code)
+        limit = getattr(ckpt.config.get_text_config(), "max_position_embeddings", None)
+        if isinstance(limit, int) and self.seqlen > limit:
+            raise UserError(
+                f"seqlen={self.seqlen} is longer than the {limit} positions of {ckpt.name}: give {limit} or less."
+            )
+        tokenizer = ckpt.tokenizer()
+        if not self.datasets:
+            raise UserError("no data set to evaluate on: name at least one, such as wikitext2.")
+        texts = evaluation_texts(tokenizer, self.datasets, seqlen=self.seqlen, windows=self.windows)
+        batch = max(1, BATCH_TOKENS // self.seqlen)
+        start = time.perf_counter()
+        windows_NT = behind(ckpt.start_token(tokenizer), torch.cat(texts))
+        found = predict(ckpt, windows_NT, dtype=self.dtype or ckpt.dtype, device=device, batch=batch, progress=progress)
+        return found, [len(text) for text in texts], time.perf_counter() - start
+
+    def results(
+        self, ours: Predictions, counts: Sequence[int], seconds: float, theirs: Predictions | None = None
+    ) -> list[Perplexity]:
+        """Score predictions text by text, against another model's where these are given."""
+        start = time.perf_counter()
+        scores_N3 = torch.stack([_score(ours, window, theirs) for window in range(len(ours.tokens_NT))])
+        seconds = (seconds + time.perf_counter() - start) / len(scores_N3)
+        found: list[Perplexity] = []
+        for name, count, part_N3 in zip(self.datasets, counts, scores_N3.split(list(counts)), strict=True):
+            nll, divergence, same = part_N3.mean(0).tolist()
+            size = {"windows": count, "tokens": count * self.seqlen, "seqlen": self.seqlen, "seconds": seconds * count}
+            other = {} if theirs is None else {"divergence": divergence, "same_top": same}
+            found.append(Perplexity(dataset=name, perplexity=_exp(nll), nll=nll, **size, **other))
+        return found
 
 
 def evaluate(
@@ -61,99 +114,72 @@ def evaluate(
 
     `dtype` is that of the blocks (None: the checkpoint's own). Convention: the held-out part of each text is tokenised
     once and cut into adjacent windows of `seqlen`, of which the first `windows` count (one number, or one
-    each). Raises UserError.
+    each). The mean over windows is the field's WikiText-2 figure (GPTQ and OmniQuant evaluation loops). Raises
+    UserError.
     """
-    from makeweight.models.load import open_checkpoint
+    texts = Texts(
+        datasets=datasets,
+        seqlen=seqlen,
+        windows=windows,
+        device=device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+    )
+    return texts.results(*texts.read(model, progress))
 
-    where = find_device(device)
-    ckpt = open_checkpoint(model, trust_remote_code=trust_remote_code)
-    limit = getattr(ckpt.config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(limit, int) and seqlen > limit:
-        raise UserError(f"seqlen={seqlen} is longer than the {limit} positions of {ckpt.name}: give {limit} or less.")
-    tokenizer = ckpt.tokenizer()
-    if not datasets:
-        raise UserError("no data set to evaluate on: name at least one, such as wikitext2.")
-    texts = evaluation_texts(tokenizer, datasets, seqlen=seqlen, windows=windows)
-    batch = max(1, BATCH_TOKENS // seqlen)
-    start = time.perf_counter()
-    windows_NT = behind(ckpt.start_token(tokenizer), torch.cat(texts))
-    nll_N = window_nll(ckpt, windows_NT, dtype=dtype or ckpt.dtype, device=where, batch=batch, progress=progress)
-    seconds = (time.perf_counter() - start) / len(nll_N)
-    results: list[Perplexity] = []
-    for name, text_NT, part_N in zip(datasets, texts, nll_N.split([len(text) for text in texts]), strict=True):
-        nll, count = float(part_N.mean()), len(text_NT)
-        results.append(
-            Perplexity(
-                name, _exp(nll), nll, windows=count, tokens=text_NT.numel(), seqlen=seqlen, seconds=seconds * count
-            )
-        )
-    return results
+
+def compare(
+    model: str, original: str, texts: Texts, progress: Progress | None = None
+) -> tuple[list[Perplexity], list[Perplexity]]:
+    """Evaluate a model and its original on the same texts: the model's results, with divergences, and the original's.
+
+    The original's hidden states wait on the CPU while the model runs. Raises UserError as `evaluate` does, and for
+    models that do not share a tokenizer.
+    """
+    theirs, counts, seconds = texts.read(original, _half(progress, 0))
+    ours, our_counts, our_seconds = texts.read(model, _half(progress, 1))
+    if not torch.equal(ours.tokens_NT, theirs.tokens_NT):
+        raise UserError(f"{model} reads other tokens than {original}: compare models that share a tokenizer.")
+    results = texts.results(ours, our_counts, our_seconds, theirs=theirs)
+    return results, texts.results(theirs, counts, seconds)
+
+
+def _half(progress: Progress | None, part: int) -> Progress | None:
+    """Return the progress of one of two equal passes."""
+    return None if progress is None else lambda done, total: progress(part * total + done, 2 * total)
 
 
 def perplexity(
     ckpt: Checkpoint, windows_NT: Tensor, *, dtype: torch.dtype, device: torch.device | str = "cpu", batch: int = 4
 ) -> float:
-    """Perplexity over windows of tokens: exp of the mean of `window_nll`, inf where that is not finite."""
+    """Perplexity over windows of tokens: exp of the mean over windows, inf where that is not finite."""
     return _exp(float(window_nll(ckpt, windows_NT, dtype=dtype, device=device, batch=batch).mean()))
 
 
-@torch.no_grad()
 def window_nll(
-    ckpt: Checkpoint,
-    windows_NT: Tensor,
-    *,
-    dtype: torch.dtype,
-    device: torch.device | str = "cpu",
-    batch: int = 4,
-    progress: Progress | None = None,
+    ckpt: Checkpoint, windows_NT: Tensor, *, dtype: torch.dtype, device: torch.device | str = "cpu", batch: int = 4
 ) -> Tensor:
-    """Mean negative log-likelihood of the T - 1 targets of each window, in nats: float64 [N].
-
-    Blocks run in `dtype`, one in memory at a time; hidden states wait on the CPU in `dtype`; norm, head and cross
-    entropy run in float32. `progress` is called with (blocks done, blocks + 1). The mean over windows is the field's
-    WikiText-2 figure (GPTQ and OmniQuant evaluation loops).
-    """
-    device = torch.device(device)
-    skeleton, path, total = ckpt.skeleton(), ckpt.spec.blocks, ckpt.n_blocks + 1
-    # Never narrower than the file: the head still needs the stored precision.
-    place(skeleton, device, torch.promote_types(ckpt.dtype, dtype))
-    captured = capture(skeleton, path, windows_NT, dtype=dtype, batch_size=batch)
-    hidden_NTD = captured.hidden_NTD
-    for index, kwargs in enumerate(captured.kwargs):
-        block = ckpt.load_block(skeleton, index)
-        place(block, device, dtype)
-        if ckpt.activations < 16:
-            _round_inputs(block, ckpt.packed_linears(index), ckpt.activations)
-        for chunk_BTD in hidden_NTD.split(batch):
-            chunk_BTD.copy_(run_block(block, chunk_BTD.to(device), kwargs))
-        ckpt.unload_block(skeleton, index)
-        release_freed_memory()  # else the heap grows by a little with every block
-        if progress is not None:
-            progress(index + 1, total)
-    place(skeleton, device, torch.float32)
-    losses = [
-        _nll(skeleton, path, h_TD.to(device), t_T.to(device)) for h_TD, t_T in zip(hidden_NTD, windows_NT, strict=True)
-    ]
-    if progress is not None:
-        progress(total, total)
-    return torch.tensor(losses, dtype=torch.float64)
+    """Mean negative log-likelihood of the T - 1 targets of each window, in nats: float64 [N]."""
+    found = predict(ckpt, windows_NT, dtype=dtype, device=device, batch=batch)
+    return torch.stack([_score(found, window)[0] for window in range(len(windows_NT))])
 
 
-def _round_inputs(block: nn.Module, linears: Sequence[str], bits: int) -> None:
-    """Do to what enters the quantized linears what a runtime does."""
-    for name in linears:
-        block.get_submodule(name).register_forward_pre_hook(lambda _, given: (round_tokens(given[0], bits), *given[1:]))
-
-
-def _nll(model: nn.Module, blocks_path: str, hidden_TD: Tensor, tokens_T: Tensor) -> float:
-    """Mean cross entropy of one window, with as many logits at a time as `LOGIT_BYTES` allows."""
-    vocabulary = int(getattr(model, "config").get_text_config().vocab_size)  # noqa: B009 - nn.Module has no config
-    chunk = max(1, LOGIT_BYTES // (4 * vocabulary))
-    total = 0.0
-    for states_CD, targets_C in zip(hidden_TD[:-1].split(chunk), tokens_T[1:].split(chunk), strict=True):
-        logits_CV = finish(model, blocks_path, states_CD.float()[None])[0].float()
-        total += float(F.cross_entropy(logits_CV, targets_C, reduction="sum"))
-    return total / (len(tokens_T) - 1)
+@torch.no_grad()
+def _score(ours: Predictions, window: int, theirs: Predictions | None = None) -> Tensor:
+    """Return the mean cross entropy of one window, its divergence from another model's, and the share of equal tops."""
+    sums, count = torch.zeros(3, dtype=torch.float64), 0
+    others = theirs.logits(window) if theirs is not None else None
+    for logits_CV, targets_C in zip(ours.logits(window), ours.targets(window), strict=True):
+        count += len(targets_C)
+        if others is None:
+            sums[0] += float(F.cross_entropy(logits_CV, targets_C, reduction="sum"))
+            continue
+        other_CV = F.log_softmax(next(others), -1)
+        logits_CV = F.log_softmax(logits_CV, -1)
+        sums[0] += float(F.nll_loss(logits_CV, targets_C, reduction="sum"))
+        sums[1] += float(F.kl_div(logits_CV, other_CV, reduction="sum", log_target=True))
+        sums[2] += float((logits_CV.argmax(-1) == other_CV.argmax(-1)).sum())
+    return sums / count
 
 
 def _exp(nll: float) -> float:

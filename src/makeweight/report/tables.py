@@ -28,17 +28,21 @@ def compare(records: Sequence[Record], console: Console | None = None) -> None:
     console = console or _console()
     baselines = next((record.baselines for record in records if record.baselines), ())
     names = [result.dataset for result in (baselines or records[0].perplexities)]
+    compared = names if any(item.divergence is not None for one in records for item in one.perplexities) else []
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("perplexity" if names else "", no_wrap=True)
-    for column in (*map(_short, names), "bits/weight", "file MB", "seconds", "peak MB"):
+    further = ("bits/weight", "file MB", "seconds", "peak MB")
+    for column in (*map(_short, names), *(f"KL {_short(name)}" for name in compared), *further):
         table.add_column(escape(column), justify="right", overflow="fold")
     if baselines:
         size = f"{records[0].source_bytes / 1e6:.1f}"
-        table.add_row("original", *_cells(baselines, names), str(records[0].source_bits), size, "", "")
+        none = ["0" for _ in compared]
+        table.add_row("original", *_cells(baselines, names), *none, str(records[0].source_bits), size, "", "")
     for record in records:
         table.add_row(
             escape(record.method),
             *_cells(record.perplexities, names),
+            *_divergences(record.perplexities, compared),
             f"{record.bits_per_weight:.2f}",
             f"{record.file_bytes / 1e6:.1f}",
             f"{record.cost.solve_seconds:.0f}",
@@ -57,6 +61,11 @@ def _console() -> Console:
 
 def _cells(results: Sequence[Perplexity], names: Sequence[str]) -> list[str]:
     found = {result.dataset: f"{result.perplexity:.2f}" for result in results}
+    return [found.get(name, "-") for name in names]
+
+
+def _divergences(results: Sequence[Perplexity], names: Sequence[str]) -> list[str]:
+    found = {result.dataset: f"{result.divergence:.3f}" for result in results if result.divergence is not None}
     return [found.get(name, "-") for name in names]
 
 
