@@ -16,6 +16,7 @@ def known_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     from makeweight import estimate
 
     monkeypatch.setattr(estimate, "matmul_rate", lambda device, **kind: 1e12)
+    monkeypatch.setattr(estimate, "step_rate", lambda *work, **kind: 1e12)
 
 
 @pytest.fixture(scope="session")

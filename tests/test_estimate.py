@@ -33,6 +33,7 @@ def ckpt(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 @pytest.fixture
 def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
     monkeypatch.setattr(room, "matmul_rate", lambda device, **kind: RATE)
+    monkeypatch.setattr(room, "step_rate", lambda *work, **kind: RATE)
     scheme, calib = Scheme(bits=3, group_size=32), Calib(dataset="x", nsamples=64, seqlen=128)
     return Recipe(model="m", out=str(tmp_path / "out"), scheme=scheme, calib=calib, tune=Tune(steps=50, batch_size=2))
 
@@ -210,11 +211,12 @@ def test_time_is_that_of_the_dtype_it_runs_in(
 ) -> None:
     asked: list[torch.dtype] = []
 
-    def rate(device: torch.device, *, dtype: torch.dtype = torch.bfloat16) -> float:
+    def rate(*work: object, dtype: torch.dtype = torch.bfloat16, **where: object) -> float:
         asked.append(dtype)
         return RATE
 
     monkeypatch.setattr(room, "matmul_rate", rate)
+    monkeypatch.setattr(room, "step_rate", rate)
     narrow = replace(recipe, tune=replace(recipe.tune, dtype="float32"))
     estimate(compose("lwc"), narrow, ckpt, range(3), torch.device("cpu"), windows=2)
     assert asked == [torch.float32, ckpt.dtype, torch.float32]

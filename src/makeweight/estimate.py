@@ -17,7 +17,7 @@ from makeweight.errors import UserError
 from makeweight.evals import perplexity, predictions
 from makeweight.methods.base import FinetuneStep
 from makeweight.numerics.attention import kept_bytes
-from makeweight.numerics.flops import block_flops, matmul_rate, step_flops
+from makeweight.numerics.flops import block_flops, matmul_rate, step_flops, step_rate
 from makeweight.plan import Plan
 from makeweight.recipe import Recipe
 from makeweight.sweep import finetune, fit
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from makeweight.models.checkpoint import Checkpoint
 
 EFFICIENCY = 0.5
-"""Share of the matrix-product rate that learning reaches (benchmarks/step.py)."""
+"""Share of the rate of one linear alone, or of plain products, that whole blocks reach."""
 WRITING = 0.2
 """Share of that at which a model writes, token by token."""
 GRID_TOKENS = 256
@@ -97,7 +97,7 @@ def estimate(
     seconds = ckpt.stored_bytes() / 200e6
     if plan.calibrates:
         memory = max(memory, outside + _learning(plan, recipe, ckpt, largest))
-        rate = matmul_rate(device, dtype=getattr(torch, recipe.tune.dtype)) * EFFICIENCY
+        rate = _rate(recipe, largest, device)
         if recipe.calib.written:
             memory = max(memory, outside + writing_bytes(ckpt, recipe.calib.seqlen))
             seconds += _writing_work(recipe, ckpt, shapes) / rate / WRITING
@@ -242,6 +242,15 @@ def _evaluating(recipe: Recipe, ckpt: Checkpoint, shapes: Sequence[tuple[int, in
     models = 1 + recipe.eval.baseline
     block = size * sum(math.prod(shape) for shape in shapes)
     return models * (outside + states) + block + batch + 2 * models * predictions.LOGIT_BYTES
+
+
+def _rate(recipe: Recipe, shapes: Sequence[tuple[int, int]], device: torch.device) -> float:
+    """Return the operations per second of learning, by those of the largest linear alone."""
+    tokens = recipe.tune.batch_size * recipe.calib.seqlen
+    dtype = getattr(torch, recipe.tune.dtype)
+    return EFFICIENCY * step_rate(
+        max(shapes, key=math.prod), tokens, recipe.scheme.group_size, device=device, dtype=dtype
+    )
 
 
 def _evaluation_seconds(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from makeweight.numerics.flops import band_flops, block_flops, matmul_rate, step_flops
+from makeweight.numerics.flops import band_flops, block_flops, matmul_rate, step_flops, step_rate
 
 SHAPES = [(8, 16), (16, 8)]
 
@@ -31,3 +31,9 @@ def test_the_rate_is_measured() -> None:
 
 def test_a_machine_too_busy_to_measure_is_measured_once() -> None:
     assert matmul_rate(rows=64, size=64, seconds=0.0) > 0
+
+
+@pytest.mark.parametrize("group", [-1, 16])
+def test_learning_is_measured_with_its_grid(group: int) -> None:
+    rate = step_rate((96, 64), 32, group, seconds=0.0)
+    assert 1e6 < rate < 1e15

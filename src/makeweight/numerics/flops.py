@@ -6,9 +6,12 @@ A multiply-add counts as two operations. P weights of a block, T tokens, D hidde
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
+
+from makeweight.numerics.grid import clipped_grid
+from makeweight.numerics.scheme import Scheme
 
 
 def block_flops(shapes: Iterable[tuple[int, int]], hidden: int, batch: int, seqlen: int) -> float:
@@ -53,17 +56,53 @@ def matmul_rate(
     """Measure the matrix-product rate in operations per second: (rows, size) times (size, size), best of several."""
     left = torch.randn(rows, size, device=device).to(dtype)
     right = torch.randn(size, size, device=device).to(dtype)
+    return 2.0 * rows * size * size / _best(lambda: torch.mm(left, right), 4, seconds, left.device)
+
+
+def step_rate(
+    shape: tuple[int, int],
+    tokens: int,
+    group: int,
+    *,
+    device: torch.device | str = "cpu",
+    seconds: float = 0.3,
+    dtype: torch.dtype = torch.bfloat16,
+) -> float:
+    """Measure operations per second of one linear that learns: weight to grid, forward, backward, a step of AdamW.
+
+    What is done to a weight once a step weighs more the fewer tokens there are and the faster the machine multiplies
+    matrices, so that the rate of plain products says little of it. Sizes are cut to what takes a moment.
+    """
+    rows, columns, tokens = min(shape[0], 2048), min(shape[1], 2048), min(tokens, 4096)
+    group = columns if group == -1 else min(group, columns)
+    columns -= columns % group
+    weight_OI = torch.nn.Parameter(torch.randn(rows, columns, device=device))
+    factor_OG = torch.ones(rows, columns // group, device=device)
+    hidden_TI = torch.randn(tokens, columns, device=device).to(dtype).requires_grad_()
+    scheme, descent = Scheme(bits=4), torch.optim.AdamW([weight_OI], fused=True)
+
+    def step() -> None:
+        held_OI = clipped_grid(weight_OI, factor_OG, factor_OG, scheme, scale_dtype=torch.float16, dtype=dtype)
+        (hidden_TI @ held_OI.T).backward(hidden_TI.detach().new_ones(tokens, rows))
+        descent.step()
+        descent.zero_grad()
+
+    return 6.0 * rows * columns * tokens / _best(step, 1, seconds, torch.device(device))
+
+
+def _best(work: Callable[[], object], times: int, seconds: float, device: torch.device) -> float:
+    """Return the seconds that some work takes, the least of several tries of so many `times` each."""
     for _ in range(3):
-        torch.mm(left, right)
+        work()
     best, end = float("inf"), time.perf_counter() + seconds
     while best == float("inf") or time.perf_counter() < end:
-        _wait(left.device)
+        _wait(device)
         start = time.perf_counter()
-        for _ in range(4):
-            torch.mm(left, right)
-        _wait(left.device)
-        best = min(best, (time.perf_counter() - start) / 4)
-    return 2.0 * rows * size * size / best
+        for _ in range(times):
+            work()
+        _wait(device)
+        best = min(best, (time.perf_counter() - start) / times)
+    return best
 
 
 def _wait(device: torch.device) -> None:
