@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common import perplexities
+from benchmarks.common import divergences, perplexities
 from benchmarks.peers.runs import note_on
-from makeweight import evaluate
+from makeweight.evals.perplexity import Texts, compare
 from makeweight.export.folder import copy_files
 from makeweight.models.checkpoint import Checkpoint
 from makeweight.models.load import open_checkpoint
@@ -58,19 +58,17 @@ def check_grid(ours: Checkpoint, original: Checkpoint, *, bits: int, group_size:
 def judge(request: dict[str, Any]) -> dict[str, Any]:
     """Check and measure a folder; it gets the original's config and tokenizer first, so that only weights differ."""
     folder, answer = Path(request["folder"]), {}
+    texts = Texts(datasets=request["texts"], seqlen=request["eval_seqlen"], windows=request["windows"], device="cpu")
     if "original" in request:
         original = open_checkpoint(request["original"])
         copy_files([*original.side_files(), original.path / "config.json"], original.path, folder)
         ours = open_checkpoint(folder)
         answer["note"] = note_on(request["run"])
         answer["grid"] = check_grid(ours, original, bits=request["bits"], group_size=request["group_size"])
-    found = evaluate(
-        str(folder),
-        datasets=request["texts"],
-        seqlen=request["eval_seqlen"],
-        windows=request["windows"],
-        device="cpu",
-    )
+        found = compare(str(folder), request["original"], texts)[0]
+        answer["divergence"] = divergences(found)
+    else:
+        found = texts.results(*texts.read(str(folder)))
     rate = matmul_rate(rows=4096, size=576)  # of the machine, as in benchmarks/step.py
     return {**answer, "perplexities": perplexities(found), "rate_gflops": round(rate / 1e9)}
 

@@ -17,10 +17,14 @@ COSTS_NOTE = (
     "itself and writes its own format before the dense one."
 )
 GAP_NOTE = "g is the logarithm of a perplexity over the original's: 0 where nothing is lost, and less is better."
+DIVERGENCE_NOTE = (
+    "KL is the divergence from the original's predictions, nats for each token, on the same two texts; a dash stands "
+    "in rows from before it was measured."
+)
 FASTER = 1.2
 """From which ratio of matrix-product rates on machines are called different."""
 UNKNOWN = "not noted"
-EMPTY = ("-",) * (2 * len(DOMAINS) + len(COSTS))
+EMPTY = ("-",) * (2 * len(DOMAINS) + 1 + len(COSTS))
 
 
 def markdown(cells: Mapping[str, Mapping[str, Any]]) -> str:
@@ -32,7 +36,7 @@ def markdown(cells: Mapping[str, Mapping[str, Any]]) -> str:
     parts = []
     for setting in settings:
         names = [name for name in order if f"{setting}/{name}" in cells]
-        header = (setting, "by", *DOMAINS.values(), *(f"g {name}" for name in DOMAINS.values()), *COSTS)
+        header = (setting, "by", *DOMAINS.values(), *(f"g {name}" for name in DOMAINS.values()), "KL", *COSTS)
         first = ["original", "", *(_number(original.get(name)) for name in DOMAINS), *EMPTY[len(DOMAINS) :]]
         rows = [_row(name, cells[f"{setting}/{name}"], original) for name in names]
         parts.append(table(header, [first, *rows]))
@@ -47,6 +51,7 @@ def _row(name: str, cell: Mapping[str, Any], original: Mapping[str, Any]) -> lis
         f"{cell['program']} {cell['version']}",
         *(_number(cell[domain]) for domain in DOMAINS),
         *(_gap(cell[domain], original.get(domain)) for domain in DOMAINS),
+        _divergence(cell.get("divergence")),
         f"{cell['wall_seconds'] / 60:.1f}",
         f"{cell['cpu_seconds'] / 60:.1f}",
         f"{cell['peak_memory_mb'] / 1000:.1f}",
@@ -61,13 +66,17 @@ def _gap(value: float, original: float | None) -> str:
     return "-" if original is None else f"{math.log(value / original):.3f}"
 
 
+def _divergence(found: Mapping[str, float] | None) -> str:
+    return "-" if found is None else " / ".join(f"{found[domain]:.3f}" for domain in DOMAINS)
+
+
 def _notes(cells: Mapping[str, Mapping[str, Any]], order: Sequence[str]) -> str:
     """Say on what terms the cells were made, what is special about a run, and what is missing."""
     raced = [cell for name, cell in cells.items() if name != ORIGINAL and "error" not in cell]
     threads = sorted({cell["threads"] for cell in raced})
     samples = sorted({cell["calibration"].partition(",")[0] for cell in raced})
     lines = [f"- Calibration: {', '.join(samples) or '-'}; threads: {', '.join(map(str, threads)) or '-'}."]
-    lines.append(f"- {GAP_NOTE}")
+    lines += [f"- {GAP_NOTE}", f"- {DIVERGENCE_NOTE}"]
     lines.append(f"- {COSTS_NOTE}")
     lines += _machines(cells)
     lines += _remarks(cells, order)

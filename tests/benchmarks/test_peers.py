@@ -132,19 +132,20 @@ def test_the_one_that_measures_stays_small() -> None:
 
 
 def test_table() -> None:
+    apart = {"divergence": {"wikitext2": 0.5, "enwiki": 0.25}}
     cost = {"wall_seconds": 90.0, "cpu_seconds": 150.0, "peak_memory_mb": 1234, "threads": 2}
     cell = {"setting": "W2A16g64", "version": "1.2", "calibration": "128 x 512 tokens, abc", **cost}
     cells = {
         ORIGINAL: {"wikitext2": 20.0, "enwiki": 15.0},
         "W2A16g64/hqq": {**cell, "program": "hqq", "wikitext2": 40.0, "enwiki": 15.0},
-        "W2A16g64/lwc": {**cell, "program": "makeweight", "wikitext2": 30.0, "enwiki": 18.0},
+        "W2A16g64/lwc": {**cell, "program": "makeweight", "wikitext2": 30.0, "enwiki": 18.0, **apart},
         "W2A16g64/auto-round": {"setting": "W2A16g64", "program": "auto-round", "error": "no such grid"},
     }
     lines = markdown(cells).splitlines()
-    assert lines[2] == "| original |  | 20.00 | 15.00 | - | - | - | - | - |"
-    assert lines[3] == "| `lwc` | makeweight 1.2 | 30.00 | 18.00 | 0.405 | 0.182 | 1.5 | 2.5 | 1.2 |"
+    assert lines[2] == "| original |  | 20.00 | 15.00 | - | - | - | - | - | - |"
+    assert lines[3] == "| `lwc` | makeweight 1.2 | 30.00 | 18.00 | 0.405 | 0.182 | 0.500 / 0.250 | 1.5 | 2.5 | 1.2 |"
     assert lines[4].startswith("| `auto-round` | auto-round (failed) | - |")
-    assert lines[5] == "| `hqq` | hqq 1.2 | 40.00 | 15.00 | 0.693 | 0.000 | 1.5 | 2.5 | 1.2 |"
+    assert lines[5] == "| `hqq` | hqq 1.2 | 40.00 | 15.00 | 0.693 | 0.000 | - | 1.5 | 2.5 | 1.2 |"
     assert len({line.count("|") for line in lines[:6]}) == 1
     assert "128 x 512 tokens; threads: 2" in markdown(cells)
     assert "Not run: GPTQModel" in markdown(cells)
