@@ -214,6 +214,7 @@ def evaluate(
     """Measure the perplexity of a model on texts, and with --against what is left of its original."""
     from makeweight.evals.perplexity import Texts, compare
     from makeweight.evals.perplexity import evaluate as measure
+    from makeweight.report.tables import evaluated
 
     wanted = {
         "datasets": tuple(dataset) if dataset else (TEXT,),
@@ -223,11 +224,7 @@ def evaluate(
         "trust_remote_code": trust_remote_code,
     }
     results, originals = compare(path, against, Texts(**wanted)) if against else (measure(path, **wanted), ())
-    rows = [[r.dataset, f"{r.perplexity:.3f}", str(r.windows), str(r.tokens), f"{r.seconds:.1f}"] for r in results]
-    for row, result, original in zip(rows, results, originals, strict=False):
-        row[2:2] = [f"{original.perplexity:.3f}", f"{result.divergence:.4f}", f"{100 * (result.same_top or 0):.1f} %"]
-    compared = ("original's", "KL divergence", "same top") if originals else ()
-    _print_table(("dataset", "perplexity", *compared, "windows", "tokens", "seconds"), rows)
+    _print_table(*evaluated(results, originals))
 
 
 @app.command()

@@ -55,6 +55,17 @@ def test_one_run_beside_the_original() -> None:
     assert written == ["Written", "to", "/somewhere/out"]
 
 
+def test_divergences_have_columns_where_they_were_measured() -> None:
+    apart = [replace(result, divergence=0.0456, same_top=0.912) for result in measured(wiki=12.504, code=8.25)]
+    head, original, row, plain, verdict = printed(a_record(perplexities=tuple(apart)), a_record("rtn"))
+    assert " ".join(head) == "perplexity wiki code KL wiki KL code bits/weight file MB seconds peak MB"
+    assert original == ["original", "12.00", "8.00", "0", "0", "16", "987.7"]
+    assert row[:5] == ["lwc+sde+cl", "12.50", "8.25", "0.046", "0.046"] and plain[3:5] == ["-", "-"]
+    assert "likeliest" not in " ".join(verdict)
+    said = " ".join(printed(a_record(perplexities=tuple(apart)))[-1])
+    assert "and the likeliest next token is the original's 91 % of the time." in said
+
+
 def test_several_runs_keep_their_order_and_the_last_is_judged() -> None:
     rtn = a_record("rtn", perplexities=measured(wiki=math.inf, code=1e4), baselines=())
     lines = printed(rtn, a_record("lwc", perplexities=measured(wiki=15.0, code=9.0)), a_record())

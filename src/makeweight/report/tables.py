@@ -53,6 +53,24 @@ def compare(records: Sequence[Record], console: Console | None = None) -> None:
         console.print(verdict, markup=False)
 
 
+def evaluated(
+    results: Sequence[Perplexity], originals: Sequence[Perplexity] = ()
+) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Return the header and the rows of an evaluation, against an original's where there is one."""
+    first = [(_short(ours.dataset), f"{ours.perplexity:.3f}") for ours in results]
+    if not originals:
+        rows = [(str(ours.windows), str(ours.tokens), f"{ours.seconds:.1f}") for ours in results]
+        header = ("windows", "tokens", "seconds")
+    else:
+        rows = [
+            (f"{theirs.perplexity:.3f}", f"{ours.divergence:.4f}", f"{100 * (ours.same_top or 0):.1f} %",
+             str(ours.tokens))
+            for ours, theirs in zip(results, originals, strict=True)
+        ]  # fmt: skip
+        header = ("original", "KL", "same top", "tokens")
+    return ("dataset", "perplexity", *header), [(*a, *b) for a, b in zip(first, rows, strict=True)]
+
+
 def _console() -> Console:
     """Write as wide as a terminal is, and without folding into a file."""
     console = Console()
