@@ -24,7 +24,7 @@ from transformers import (
     OPTForCausalLM,
 )
 
-from makeweight.calib.capture import blocks_of, capture, finish, hidden_of, run_block
+from makeweight.calib.capture import _same, blocks_of, capture, finish, hidden_of, run_block  # pyright: ignore[reportPrivateUsage]
 from makeweight.errors import UserError
 
 VOCABULARY, TOKENS = 64, 24
@@ -196,3 +196,10 @@ def test_hidden_of_takes_tensors_and_tuples() -> None:
     hidden = torch.ones(1, 2, 3)
     assert hidden_of(hidden) is hidden
     assert hidden_of((hidden, None)) is hidden
+
+
+def test_arguments_may_differ_in_the_last_bit_of_two_passes() -> None:
+    cosines = torch.linspace(-1, 1, 64).view(1, 8, 8).bfloat16()
+    assert _same(cosines, torch.cat([cosines, cosines * (1 + 2**-8)]))
+    assert not _same(cosines, torch.cat([cosines, cosines.flip(1)]))
+    assert not _same(torch.arange(8)[None], torch.arange(1, 9)[None])

