@@ -249,7 +249,7 @@ def _same(ours: Any, others: Any) -> bool:
         if not isinstance(others, Tensor) or ours.ndim != others.ndim:
             return False
         fits = all(one in (1, two) for one, two in zip(ours.shape, others.shape, strict=True))
-        if not fits or not others.is_floating_point():
+        if not fits or not others.is_floating_point() or not others.numel():
             return fits and torch.equal(ours.expand_as(others), others)
         # Two passes may differ in the last bit of a cosine, and did.
         size = float(others.float().abs().nan_to_num(posinf=0).max())
