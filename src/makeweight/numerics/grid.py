@@ -7,6 +7,8 @@ for bfloat16 scales below FINEST).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from makeweight.numerics.flips import Flips, flip_slopes
 from makeweight.numerics.scheme import Scheme
+from makeweight.numerics.slabs import by_rows
 
 FINEST = 2.0**-17
 """Below this bfloat16 has finer steps than float16, in which other formats keep scales."""
@@ -81,11 +84,71 @@ def round_tokens(hidden: Tensor, bits: int) -> Tensor:
     return from_codes(to_codes(rows, scale, zero, scheme), scale, zero).reshape(hidden.shape).to(hidden.dtype)
 
 
-class _ClippedGrid(torch.autograd.Function):
-    """Fake quantization with learned clipping in closed form: few passes over the weight, nothing big kept.
+@dataclass(frozen=True, kw_only=True)
+class _Clipping:
+    """Fake quantization with learned clipping of some rows, and its gradient in closed form."""
 
-    Only the weight itself and (O, G) tensors are saved; the codes are recomputed in backward.
-    """
+    scheme: Scheme
+    group: int
+    scale_dtype: torch.dtype
+    dtype: torch.dtype
+    flips: Flips | None
+
+    def rounded(
+        self, weight_OI: Tensor, low_factor_OG: Tensor, high_factor_OG: Tensor, offset_OI: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """Return rounded weights, (O, I) in `dtype`, and low, high, scale and zero of their groups."""
+        weight_OGS = grouped(weight_OI, self.group)
+        low_OG, high_OG = ranges(weight_OGS)
+        ends = (low_OG * low_factor_OG, high_OG * high_factor_OG)
+        scale_OG, zero_OG = qparams(*ends, self.scheme, self.scale_dtype)
+        codes_OGS = to_codes(weight_OGS, scale_OG, zero_OG, self.scheme, _like(offset_OI, weight_OGS))
+        codes_OGS.sub_(zero_OG.unsqueeze(-1)).mul_(scale_OG.unsqueeze(-1))
+        return codes_OGS.flatten(1).to(self.dtype), low_OG, high_OG, scale_OG, zero_OG
+
+    def slopes(
+        self,
+        weight_OI: Tensor,
+        grad_OI: Tensor,
+        low_factor_OG: Tensor,
+        high_factor_OG: Tensor,
+        offset_OI: Tensor | None,
+        low_OG: Tensor,
+        high_OG: Tensor,
+        scale_OG: Tensor,
+        zero_OG: Tensor,
+        column_O1: Tensor | None,
+        *,
+        wanted: tuple[bool, ...],
+    ) -> tuple[Tensor | None, ...]:
+        """Return the slopes along what `rounded` takes; `column_O1` is these rows' part of the curvature."""
+        weight_OGS = grouped(weight_OI, self.group)
+        grad_OGS = grouped(grad_OI.to(weight_OI.dtype, copy=True), self.group)
+        offset_OGS = _like(offset_OI, weight_OGS)
+        slope_OGS, inside_OGS = scale_slope(weight_OGS, scale_OG, zero_OG, self.scheme, offset_OGS)
+        if self.flips is not None and column_O1 is not None:
+            flips = self.flips._replace(curvature=(column_O1, self.flips.curvature[1]))
+            known = (scale_OG, offset_OGS, slope_OGS, inside_OGS)
+            grad_scale_OG, grad_OGS = flip_slopes(grad_OGS, weight_OGS, *known, flips)
+        else:
+            grad_scale_OG = slope_OGS.mul_(grad_OGS).sum(-1)
+            if wanted[0] or wanted[3]:
+                grad_OGS.mul_(inside_OGS)
+        ends = (low_OG * low_factor_OG, high_OG * high_factor_OG)
+        grad_low_OG, grad_high_OG = (slope_OG * grad_scale_OG for slope_OG in _range_slopes(*ends, self.scheme))
+        grad_weight = grad_offset = None
+        if wanted[3]:
+            grad_offset = (grad_OGS * scale_OG.unsqueeze(-1)).flatten(1)
+        if wanted[0]:
+            # The ends of a range move with the weights that set them.
+            _pull(grad_OGS, low_OG.unsqueeze(-1) - weight_OGS, grad_low_OG * low_factor_OG)
+            _pull(grad_OGS, weight_OGS - high_OG.unsqueeze(-1), grad_high_OG * high_factor_OG)
+            grad_weight = grad_OGS.flatten(1)
+        return grad_weight, grad_low_OG * low_OG, grad_high_OG * high_OG, grad_offset
+
+
+class _ClippedGrid(torch.autograd.Function):
+    """Few passes over the weight, in cache, and nothing big kept: codes are computed again in backward."""
 
     @staticmethod
     def forward(
@@ -94,47 +157,21 @@ class _ClippedGrid(torch.autograd.Function):
         low_factor_OG: Tensor,
         high_factor_OG: Tensor,
         offset_OI: Tensor | None,
-        scheme: Scheme,
-        group: int,
-        scale_dtype: torch.dtype,
-        dtype: torch.dtype,
-        flips: Flips | None,
+        clipping: _Clipping,
     ) -> Tensor:
-        weight_OGS = grouped(weight_OI, group)
-        low_OG, high_OG = ranges(weight_OGS)
-        scale_OG, zero_OG = qparams(low_OG * low_factor_OG, high_OG * high_factor_OG, scheme, scale_dtype)
-        codes_OGS = to_codes(weight_OGS, scale_OG, zero_OG, scheme, _like(offset_OI, weight_OGS))
-        codes_OGS.sub_(zero_OG.unsqueeze(-1)).mul_(scale_OG.unsqueeze(-1))
-        ctx.save_for_backward(weight_OI, low_factor_OG, high_factor_OG, offset_OI, low_OG, high_OG, scale_OG, zero_OG)
-        ctx.scheme, ctx.group, ctx.flips = scheme, group, flips
-        return codes_OGS.flatten(1).to(dtype)
+        out_OI, *found = by_rows(clipping.rounded, weight_OI, low_factor_OG, high_factor_OG, offset_OI)
+        ctx.save_for_backward(weight_OI, low_factor_OG, high_factor_OG, offset_OI, *found)
+        ctx.clipping = clipping
+        assert out_OI is not None
+        return out_OI
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        weight_OI, low_factor_OG, high_factor_OG, offset_OI, low_OG, high_OG, scale_OG, zero_OG = ctx.saved_tensors
-        scheme: Scheme = ctx.scheme
-        weight_OGS = grouped(weight_OI, ctx.group)
-        grad_OGS = grouped(grads[0].to(weight_OI.dtype, copy=True), ctx.group)
-        offset_OGS = _like(offset_OI, weight_OGS)
-        slope_OGS, inside_OGS = scale_slope(weight_OGS, scale_OG, zero_OG, scheme, offset_OGS)
-        if ctx.flips is not None:
-            known = (scale_OG, offset_OGS, slope_OGS, inside_OGS)
-            grad_scale_OG, grad_OGS = flip_slopes(grad_OGS, weight_OGS, *known, ctx.flips)
-        else:
-            grad_scale_OG = slope_OGS.mul_(grad_OGS).sum(-1)
-            if ctx.needs_input_grad[0] or ctx.needs_input_grad[3]:
-                grad_OGS.mul_(inside_OGS)
-        low_slope_OG, high_slope_OG = _range_slopes(low_OG * low_factor_OG, high_OG * high_factor_OG, scheme)
-        grad_low_OG, grad_high_OG = low_slope_OG * grad_scale_OG, high_slope_OG * grad_scale_OG
-        grad_weight = grad_offset = None
-        if ctx.needs_input_grad[3]:
-            grad_offset = (grad_OGS * scale_OG.unsqueeze(-1)).flatten(1)
-        if ctx.needs_input_grad[0]:
-            # The ends of a range move with the weights that set them.
-            _pull(grad_OGS, low_OG.unsqueeze(-1) - weight_OGS, grad_low_OG * low_factor_OG)
-            _pull(grad_OGS, weight_OGS - high_OG.unsqueeze(-1), grad_high_OG * high_factor_OG)
-            grad_weight = grad_OGS.flatten(1)
-        return grad_weight, grad_low_OG * low_OG, grad_high_OG * high_OG, grad_offset, None, None, None, None, None
+        weight_OI, *others = ctx.saved_tensors
+        clipping: _Clipping = ctx.clipping
+        column_O1 = None if clipping.flips is None else clipping.flips.curvature[0]
+        work = partial(clipping.slopes, wanted=ctx.needs_input_grad)
+        return *by_rows(work, weight_OI, grads[0], *others, column_O1), None
 
 
 def _pull(grad_OGS: Tensor, gap_OGS: Tensor, pull_OG: Tensor) -> None:
@@ -196,7 +233,13 @@ def clipped_grid(
 
     With `flips` the gradients are those of `flip_slopes`.
     """
-    group = weight_OI.shape[1] // low_factor_OG.shape[1]
+    clipping = _Clipping(
+        scheme=scheme,
+        group=weight_OI.shape[1] // low_factor_OG.shape[1],
+        scale_dtype=scale_dtype,
+        dtype=dtype,
+        flips=flips,
+    )
     return _ClippedGrid.apply(  # pyright: ignore[reportReturnType]
-        weight_OI, low_factor_OG, high_factor_OG, offset_OI, scheme, group, scale_dtype, dtype, flips
+        weight_OI, low_factor_OG, high_factor_OG, offset_OI, clipping
     )

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from makeweight.numerics.grid import from_codes, grouped, held_scales, scale_slope, to_codes
 from makeweight.numerics.scheme import Scheme
+from makeweight.numerics.slabs import Rows, by_rows
 
 
 def stored(scale_OG: Tensor, zero_OG: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -37,28 +38,33 @@ class _SteppedGrid(torch.autograd.Function):
         scale_dtype: torch.dtype,
         dtype: torch.dtype,
     ) -> Tensor:
+        def work(weight_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor) -> Rows:
+            codes_OGS = to_codes(_view(weight_OI, scale_OG), scale_OG, zero_OG, scheme)
+            codes_OGS.sub_(zero_OG.unsqueeze(-1)).mul_(scale_OG.unsqueeze(-1))
+            return (codes_OGS.flatten(1).to(dtype),)
+
         scale_OG, zero_OG = stored(scale_OG, zero_OG, scheme, scale_dtype)
-        codes_OGS = to_codes(_view(weight_OI, scale_OG), scale_OG, zero_OG, scheme)
         ctx.save_for_backward(weight_OI, scale_OG, zero_OG)
         ctx.scheme = scheme
-        codes_OGS.sub_(zero_OG.unsqueeze(-1)).mul_(scale_OG.unsqueeze(-1))
-        return codes_OGS.flatten(1).to(dtype)
+        return by_rows(work, weight_OI, scale_OG, zero_OG)[0]  # pyright: ignore[reportReturnType]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        weight_OI, scale_OG, zero_OG = ctx.saved_tensors
-        grad_OGS = _view(grads[0].to(weight_OI.dtype), scale_OG)
-        slope_OGS, inside_OGS = scale_slope(_view(weight_OI, scale_OG), scale_OG, zero_OG, ctx.scheme, None)
-        grad_weight = grad_scale = grad_zero = None
-        if ctx.needs_input_grad[1]:
-            grad_scale = slope_OGS.mul_(grad_OGS).sum(-1)
-        if ctx.needs_input_grad[2]:
-            # Summed over what is clipped alone: AdamW would follow the noise of a difference of sums.
-            outside_OGS = torch.sub(1, inside_OGS, out=slope_OGS)
-            grad_zero = outside_OGS.mul_(grad_OGS).sum(-1).mul_(scale_OG).neg_()
-        if ctx.needs_input_grad[0]:
-            grad_weight = inside_OGS.mul_(grad_OGS).flatten(1)
-        return grad_weight, grad_scale, grad_zero, None, None, None
+        def work(weight_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor, grad_OI: Tensor) -> Rows:
+            grad_OGS = _view(grad_OI.to(weight_OI.dtype), scale_OG)
+            slope_OGS, inside_OGS = scale_slope(_view(weight_OI, scale_OG), scale_OG, zero_OG, ctx.scheme, None)
+            grad_weight = grad_scale = grad_zero = None
+            if ctx.needs_input_grad[1]:
+                grad_scale = slope_OGS.mul_(grad_OGS).sum(-1)
+            if ctx.needs_input_grad[2]:
+                # Summed over what is clipped alone: AdamW would follow the noise of a difference of sums.
+                outside_OGS = torch.sub(1, inside_OGS, out=slope_OGS)
+                grad_zero = outside_OGS.mul_(grad_OGS).sum(-1).mul_(scale_OG).neg_()
+            if ctx.needs_input_grad[0]:
+                grad_weight = inside_OGS.mul_(grad_OGS).flatten(1)
+            return grad_weight, grad_scale, grad_zero
+
+        return *by_rows(work, *ctx.saved_tensors, grads[0]), None, None, None
 
 
 class _MovedCodes(torch.autograd.Function):
@@ -74,18 +80,23 @@ class _MovedCodes(torch.autograd.Function):
         scheme: Scheme,
         dtype: torch.dtype,
     ) -> Tensor:
+        def work(codes_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor) -> Rows:
+            return (from_codes(_view(codes_OI, scale_OG), scale_OG, zero_OG).flatten(1).to(dtype),)
+
         if offset_OI is not None:
             codes_OI = moved_codes(codes_OI, offset_OI, scheme)
         ctx.save_for_backward(codes_OI, scale_OG, zero_OG)
-        return from_codes(_view(codes_OI, scale_OG), scale_OG, zero_OG).flatten(1).to(dtype)
+        return by_rows(work, codes_OI, scale_OG, zero_OG)[0]  # pyright: ignore[reportReturnType]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        codes_OI, scale_OG, zero_OG = ctx.saved_tensors
-        grad_OGS = _view(grads[0].to(scale_OG.dtype), scale_OG)
-        grad_scale = (_view(codes_OI, scale_OG) - zero_OG.unsqueeze(-1)).mul_(grad_OGS).sum(-1)
-        grad_offset = (grad_OGS * scale_OG.unsqueeze(-1)).flatten(1) if ctx.needs_input_grad[0] else None
-        return grad_offset, grad_scale, None, None, None, None
+        def work(codes_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor, grad_OI: Tensor) -> Rows:
+            grad_OGS = _view(grad_OI.to(scale_OG.dtype), scale_OG)
+            grad_scale = (_view(codes_OI, scale_OG) - zero_OG.unsqueeze(-1)).mul_(grad_OGS).sum(-1)
+            grad_offset = (grad_OGS * scale_OG.unsqueeze(-1)).flatten(1) if ctx.needs_input_grad[0] else None
+            return grad_offset, grad_scale
+
+        return *by_rows(work, *ctx.saved_tensors, grads[0]), None, None, None, None
 
 
 def moved_codes(codes_OI: Tensor, offset_OI: Tensor, scheme: Scheme) -> Tensor:
