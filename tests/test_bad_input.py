@@ -63,6 +63,40 @@ def test_a_path_that_does_not_exist(work: Workplace) -> None:
         assert f"{path} does not exist" in work.refused("evaluate", path)
 
 
+def test_paths_that_no_system_takes(work: Workplace) -> None:
+    long, stranger = "n" * 300, "~nobody-of-this-name/x"
+    for words in ((), ("--out", long), ("--model", f"./{long}")):
+        assert long in work.quantize(*words, text=None if words else Path(long))
+    for words in (("inspect", stranger), ("evaluate", stranger)):
+        assert f"{stranger} names the home directory of nobody here" in work.refused(*words)
+    assert f"{stranger} names the home" in work.quantize("--out", stranger)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("hidden_size", "abc"),
+        ("max_position_embeddings", None),
+        ("rope_parameters", 5),
+        ("hidden_act", "nope"),
+        ("dtype", "float99"),
+        ("num_attention_heads", 0),
+        ("num_hidden_layers", 0),
+        ("architectures", 5),
+        ("quantization_config", "x"),
+    ],
+)
+def test_a_config_that_describes_no_model(work: Workplace, name: str, value: object) -> None:
+    file = work.model / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), name: value}))
+    assert "config.json" in work.quantize()
+
+
+def test_a_tokenizer_that_is_none(work: Workplace) -> None:
+    (work.model / "tokenizer.json").write_text("[]")
+    assert f"{work.model} has no tokenizer that transformers can load" in work.quantize()
+
+
 def test_a_folder_without_config(work: Workplace) -> None:
     (work.model / "config.json").unlink()
     assert f"{work.model} has no config.json" in work.quantize()
@@ -134,6 +168,7 @@ def test_weights_with_nan(work: Workplace, name: str, method: str) -> None:
         ("--scale-dtype int8", "scale dtype 'int8' is unknown"),
         ("--device toaster", "tune.device='toaster' is unknown"),
         ("--seed -1", "seed=-1 is too small"),
+        ("--batch-size 99999999999999999999", "tune.batch_size=99999999999999999999 is too large"),
         ("--eval-windows 0", "eval.windows=0 is too small"),
         ("--dataset nowhere.txt", "nowhere.txt cannot be read"),
         ("--dataset wikitext3", "'wikitext3' is neither a file nor a known name (did you mean 'wikitext2'?)"),

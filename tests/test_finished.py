@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from makeweight import pipeline
 from makeweight.errors import UserError
@@ -15,6 +16,7 @@ from makeweight.export.folder import MARKER, Folder
 from makeweight.job import Job
 from makeweight.pipeline import quantize
 from makeweight.recipe import Calib, Eval, Recipe, Tune
+from makeweight.report.record import Record
 from tests.runs import small
 from tests.tiny import tiny_folder
 
@@ -78,3 +80,44 @@ def test_samples_begin_with_the_token_that_the_model_needs(text: Path, tmp_path:
     )
     tokens_NT = Job.prepare(recipe).tokens_NT
     assert tokens_NT is not None and tokens_NT.shape == (8, 16) and tokens_NT[:, 0].tolist() == [256] * 8
+
+
+def test_a_file_that_is_lost_is_named_and_a_record_is_made_again(llama: Path, text: Path, tmp_path: Path) -> None:
+    recipe, out = small(llama, tmp_path / "out", text, method="rtn"), tmp_path / "out"
+    done = quantize(recipe)
+    saved = (out / "recipe.json").read_text()
+    for lost in ("{}", "[]", "{", None):
+        (out / "record.json").unlink()
+        if lost is not None:
+            (out / "record.json").write_text(lost)
+        assert quantize(recipe).perplexities[0].perplexity == done.perplexities[0].perplexity
+        assert Record.load(out).digest == done.digest
+    (out / "recipe.json").unlink()
+    quantize(recipe)
+    assert (out / "recipe.json").read_text() == saved
+    (out / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"out is not what was solved: tokenizer.json is missing\."):
+        quantize(recipe)
+
+
+def test_a_damaged_export_is_written_again(llama: Path, text: Path, tmp_path: Path) -> None:
+    recipe = small(llama, tmp_path / "out", text, eval=NOT_MEASURED, method="rtn", formats=("dense",))
+    done, file = quantize(recipe), tmp_path / "out-dense" / "model.safetensors"
+    sound = file.read_bytes()
+    file.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
+    assert quantize(recipe) == done
+    assert file.read_bytes() == sound
+
+
+def test_a_run_goes_on_with_the_threads_that_it_began_with(
+    llama: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, mine = small(llama, tmp_path / "out", text, eval=NOT_MEASURED), torch.get_num_threads()
+    job = Job.prepare(recipe)
+    Folder.claim(recipe.out, identity=job.identity(), device="cpu", shards=4).threads(mine + 1)
+    seen: list[int] = []
+    solve = pipeline.Run.solve
+    monkeypatch.setattr(pipeline.Run, "solve", lambda run: (seen.append(torch.get_num_threads()), solve(run)))
+    quantize(recipe)
+    assert seen == [mine + 1] and torch.get_num_threads() == mine
+    assert f"out was begun with {mine + 1} threads: going on with as many." in capsys.readouterr().err

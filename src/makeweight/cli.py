@@ -40,13 +40,16 @@ DEMO = Path("smollm2-w3")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0, 2 for a user's mistake, 130 when interrupted."""
+    """Run the command line and return its exit code: 0, 2 for what a user can mend, 130 when interrupted."""
     words = normalize(sys.argv[1:] if argv is None else argv) or ["--help"]
     try:
         # Typer turns Ctrl-C into an exit code of its own, and returns it only here.
         code = typer.main.get_command(app).main(words, prog_name="makeweight", standalone_mode=False)
     except UserError as error:
         return _refuse(str(error))
+    except OSError as error:
+        place = error.filename or "the system"
+        return _refuse(f"{place} gives an error ({error.strerror or error}): check path, permissions and free space.")
     except typer.TyperException as error:
         return _refuse(error.format_message())
     except (KeyboardInterrupt, typer.Abort):

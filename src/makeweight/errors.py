@@ -9,7 +9,7 @@ from difflib import get_close_matches
 class UserError(ValueError):
     """A user's mistake: its text names the input, says what is wrong and what to do.
 
-    The command line prints the text as one sentence and exits with code 2; nothing else is caught there.
+    The command line prints the text as one sentence and exits with code 2; besides it only OSError is caught there.
     """
 
 

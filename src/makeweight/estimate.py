@@ -7,7 +7,6 @@ import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +17,7 @@ from makeweight.evals import perplexity, predictions
 from makeweight.methods.base import FinetuneStep
 from makeweight.numerics.attention import kept_bytes
 from makeweight.numerics.flops import block_flops, matmul_rate, step_flops, step_rate
+from makeweight.paths import expanded
 from makeweight.plan import Plan
 from makeweight.recipe import Recipe
 from makeweight.sweep import finetune, fit
@@ -116,7 +116,7 @@ def estimate(
 
 def _check_disk(recipe: Recipe, disk: float, *, solved: bool) -> None:
     """Refuse a result that does not fit; what an earlier run has written of it is there already."""
-    out = Path(recipe.out).expanduser().absolute()
+    out = expanded(recipe.out).absolute()
     begun = not solved and os.path.isdir(out)
     written = sum(file.stat().st_size for file in out.rglob("*") if file.is_file()) if begun else 0
     disk_of = next(path for path in (out, *out.parents) if os.path.exists(path))

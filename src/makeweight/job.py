@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from makeweight.export.run import target_of
 from makeweight.methods.base import Context
 from makeweight.models.checkpoint import Checkpoint
 from makeweight.models.load import open_checkpoint
+from makeweight.paths import expanded
 from makeweight.plan import Plan, check, compose, in_pieces
 from makeweight.recipe import Recipe
 from makeweight.report.record import recipe_data
@@ -66,7 +66,7 @@ class Job:
                 tokenizer, calib.dataset, nsamples=calib.nsamples, seqlen=calib.seqlen, seed=recipe.seed
             )
             tokens_NT = behind(ckpt.start_token(tokenizer), drawn_NT[:, : count * length].reshape(-1, length))
-        folder = Folder(Path(recipe.out).expanduser(), ckpt.n_blocks + 1)
+        folder = Folder(expanded(recipe.out), ckpt.n_blocks + 1)
         missing = tuple(name for name in recipe.formats if not target_of(folder.path, name, None).is_dir())
         unwritten = replace(cut, formats=missing)
         expected = estimate(
@@ -91,7 +91,7 @@ class Job:
             estimate=expected,
         )
         Folder.check(recipe.out, identity=job.identity(), device=device.type)
-        check_formats(Path(recipe.out).expanduser(), recipe.formats, job.facts(), identity=job.identity())
+        check_formats(expanded(recipe.out), recipe.formats, job.facts(), identity=job.identity())
         return job
 
     def facts(self) -> Facts:

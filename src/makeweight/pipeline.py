@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,8 +43,22 @@ def quantize(recipe: Recipe) -> Record:
     job = Job.prepare(recipe)
     shards, device = job.ckpt.n_blocks + 1, job.device.type
     folder = Folder.claim(recipe.out, identity=job.identity(), device=device, shards=shards)
-    with folder.alone():
+    with folder.alone(), _threads(folder):
         return Run(job, folder).finish()
+
+
+@contextmanager
+def _threads(folder: Folder) -> Iterator[None]:
+    """Go on with as many threads as a run began with: sums over other shares of a matrix have other last bits."""
+    mine = torch.get_num_threads()
+    begun = mine if folder.done else folder.threads(mine)
+    if begun != mine:
+        print(f"{folder.path} was begun with {begun} threads: going on with as many.", file=sys.stderr)
+        torch.set_num_threads(begun)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(mine)
 
 
 def preflight(recipe: Recipe) -> str:
@@ -151,7 +167,7 @@ class Run:
         )
 
     def known(self) -> Record | None:
-        """Return the record of a finished folder, None where it is missing or of other texts.
+        """Return the record of a finished folder, None where it is missing, unreadable or of other texts.
 
         Raises UserError where weights have changed on the disk since.
         """
@@ -160,17 +176,19 @@ class Run:
             return None
         if problems := manifest.check(folder.path, kinds=(".safetensors",)):
             raise UserError(f"{folder.path} is not what was solved: {' '.join(problems)} {REPAIR}")
-        record = Record.load(folder.path)
+        try:
+            record = Record.load(folder.path)
+        except (OSError, ValueError, KeyError, TypeError):
+            return None  # what was measured can be measured again
         return record if record.recipe["eval"] == recipe_data(job.recipe)["eval"] else None
 
     def exported(self, record: Record) -> Record:
-        """Write the formats that a recipe names, and the record again where they are new."""
+        """Write the formats that a recipe names where they are not there whole, and the record where it changes."""
         job, folder = self.job, self.folder
-        same = [item["format"] for item in record.exports] == list(dict.fromkeys(job.recipe.formats))
-        if same and all(Path(item["path"]).is_dir() for item in record.exports):
-            return record
         found = write_formats(Solved(folder.path), job.recipe.formats) if job.recipe.formats else ()
         exports = tuple({**asdict(item), "path": str(item.path)} for item in found)
+        if json.dumps(exports) == json.dumps(record.exports) and (folder.path / "recipe.json").is_file():
+            return record
         record = replace(record, recipe=recipe_data(job.recipe), exports=exports)
         folder.unseal()
         self._write(record)

@@ -19,6 +19,8 @@ from makeweight.numerics.scheme import MIN_BITS, Scheme
 
 Option = float | int | bool | str
 T = TypeVar("T")
+MOST = 2**31
+"""The largest whole number of a recipe: no count comes near it, and what computes with it would not take more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,6 +252,8 @@ def _whole(name: str, value: object, *, least: int) -> None:
         raise UserError(f"{name}={value!r} is not a whole number.")
     if value < least:
         raise UserError(f"{name}={value} is too small: give {least} or more.")
+    if value > MOST:
+        raise UserError(f"{name}={value} is too large: give {MOST} or less.")
 
 
 def _rate(name: str, value: object) -> float:

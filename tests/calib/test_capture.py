@@ -24,7 +24,15 @@ from transformers import (
     OPTForCausalLM,
 )
 
-from makeweight.calib.capture import _same, blocks_of, capture, finish, hidden_of, run_block  # pyright: ignore[reportPrivateUsage]
+from makeweight.calib.capture import (
+    _same,  # pyright: ignore[reportPrivateUsage]
+    blocks_of,
+    capture,
+    finish,
+    for_batch,
+    hidden_of,
+    run_block,
+)
 from makeweight.errors import UserError
 
 VOCABULARY, TOKENS = 64, 24
@@ -203,3 +211,10 @@ def test_arguments_may_differ_in_the_last_bit_of_two_passes() -> None:
     assert _same(cosines, torch.cat([cosines, cosines * (1 + 2**-8)]))
     assert not _same(cosines, torch.cat([cosines, cosines.flip(1)]))
     assert not _same(torch.arange(8)[None], torch.arange(1, 9)[None])
+
+
+def test_masks_are_repeated_for_a_batch() -> None:
+    kwargs = {"attention_mask": torch.ones(1, 1, 4, 4), "position_ids": torch.arange(4).unsqueeze(0)}
+    whole = for_batch(kwargs, 3)
+    assert whole["attention_mask"].shape == (3, 1, 4, 4) and whole["position_ids"] is kwargs["position_ids"]
+    assert for_batch({"attention_mask": None}, 3) == {"attention_mask": None}

@@ -39,3 +39,9 @@ def test_coarseness_is_the_square_of_the_step() -> None:
 def test_coarseness_is_relative_to_the_weights() -> None:
     assert coarse(a_state(size=1024.0), 3) == coarse(a_state(), 3)
     assert coarse({"nothing": torch.zeros(4, 16)}, 3) == 1
+
+
+def test_groups_of_zeros_have_no_step() -> None:
+    state = a_state()
+    padded = {name: torch.cat([weight_OI, torch.zeros_like(weight_OI)]) for name, weight_OI in state.items()}
+    assert coarse(padded, 4) == pytest.approx(coarse(state, 4))

@@ -90,10 +90,9 @@ def test_what_is_not_plainly_causal_is_left_to_transformers(case: str, monkeypat
     monkeypatch.setattr(attention, "last_token_attention", refuse)
     named, make = CASES[case]
     inputs = make()
-    mask = named.get("attention_mask")
-    named = {key: value for key, value in named.items() if key != "attention_mask"}
-    ours, _ = _attention(_Layer(), *inputs, mask, scaling=0.3, dropout=0.0, **named)
-    theirs, _ = sdpa_attention_forward(_Layer(), *inputs, mask, scaling=0.3, dropout=0.0, **named)
+    named = {"attention_mask": None, "scaling": 0.3, "dropout": 0.0, **named}  # some families name the mask
+    ours, _ = _attention(_Layer(), *inputs, **named)
+    theirs, _ = sdpa_attention_forward(_Layer(), *inputs, **named)
     assert torch.equal(ours, theirs)
 
 

@@ -94,4 +94,12 @@ def test_an_original_that_is_broken_itself_stays_close_to_nothing(names: tuple[s
         perplexities=measured(**{name: after[name] for name in names}),
         baselines=measured(**{name: before[name] for name in names}),
     )
-    assert "stays close" not in record.verdict()
+    says = "Nothing can be said of this model: the original itself has no finite perplexity on code."
+    assert record.verdict() == says
+
+
+def test_json_has_no_word_for_infinity(tmp_path: Path) -> None:
+    record = a_record(perplexities=measured(wiki=math.inf), baselines=measured(wiki=10.0))
+    (tmp_path / FILE).write_text(record.to_json())
+    assert "Infinity" not in record.to_json() and "NaN" not in record.to_json()
+    assert Record.load(tmp_path).verdict() == record.verdict()

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from makeweight.errors import UserError
 
 Answer = Callable[[Tensor, dict[str, Any]], Tensor]
+_OF_BLOCKS_DTYPE = ("position_embeddings", "attention_mask")
 _CACHES = ("past_key_values", "past_key_value", "layer_past")
 
 
@@ -106,7 +107,15 @@ def finish(model: nn.Module, blocks_path: str, hidden_BTD: Tensor) -> Tensor:
 
 def run_block(block: nn.Module, hidden_BTD: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
     """Call a block with recorded arguments, under the caller's grad mode: [B, T, D]."""
-    return hidden_of(block(hidden_BTD, **kwargs))
+    return hidden_of(block(hidden_BTD, **for_batch(kwargs, len(hidden_BTD))))
+
+
+def for_batch(kwargs: Mapping[str, Any], batch: int) -> dict[str, Any]:
+    """Return recorded arguments with the mask repeated, without a copy, for a batch: some families insist on it."""
+    mask = kwargs.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.ndim == 4 and len(mask) == 1:
+        return {**kwargs, "attention_mask": mask.expand(batch, -1, -1, -1)}
+    return dict(kwargs)
 
 
 def hidden_of(output: Any) -> Tensor:
@@ -225,16 +234,17 @@ def _dry_run(model: nn.Module, blocks_path: str, probe_1T: Tensor, dtype: torch.
 
 
 def _clean(name: str, value: Any, dtype: torch.dtype, cleaned: dict[int, tuple[Tensor, Tensor]]) -> Any:
-    """Detach tensors, cast rotary tables to the blocks' dtype, and drop caches, which every forward would change."""
+    """Detach tensors, cast rotary tables and masks to the blocks' dtype, drop caches, which every pass would change."""
     if name in _CACHES:
         return None
     if name == "use_cache":
         return False
     if isinstance(value, Tensor):
         if id(value) not in cleaned:
-            cast_to = dtype if name == "position_embeddings" and value.is_floating_point() else value.dtype
+            narrow = name in _OF_BLOCKS_DTYPE and value.is_floating_point()
+            kept = value.detach().float().clamp(min=torch.finfo(dtype).min).to(dtype) if narrow else value.detach()
             # The original is kept beside the copy so that its id cannot be reused during the pass.
-            cleaned[id(value)] = (value, value.detach().to(cast_to))
+            cleaned[id(value)] = (value, kept)
         return cleaned[id(value)][1]
     if type(value) in (tuple, list):
         return type(value)(_clean(name, item, dtype, cleaned) for item in value)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from makeweight.calib.named import HUB, NAMES, Split, first_line, read_named
 from makeweight.errors import UserError, did_you_mean
+from makeweight.paths import expanded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,7 +38,7 @@ def read_text(source: str, *, split: Split = "train") -> list[str]:
     under `messages`; a `.parquet` in its column `text`. Raises UserError where there is no text to be had.
     """
     name, _, part = source.partition(":")
-    path = Path(source).expanduser()
+    path = expanded(source)
     if name in NAMES:
         documents = read_named(name, part, split)
     elif path.suffix.lower() in SUFFIXES:
@@ -62,7 +63,7 @@ def token_stream(tokenizer: PreTrainedTokenizerBase, source: str, *, split: Spli
     Long calibration text is tokenised in parts that end where a line does.
     """
     documents = read_text(source, split=split)
-    path = Path(source).expanduser()
+    path = expanded(source)
     name = source.partition(":")[0]
     if split == "test" and name not in NAMES and path.suffix.lower() in TEXT_SUFFIXES:
         text = _read_string(path)

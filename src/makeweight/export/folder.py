@@ -18,6 +18,7 @@ from torch import Tensor
 
 from makeweight.errors import UserError
 from makeweight.export import manifest
+from makeweight.paths import expanded
 
 MARKER = "makeweight.json"
 REPORTS = "blocks.json"
@@ -43,7 +44,7 @@ class Folder:
         Raises UserError where the folder holds anything else.
         """
         cls.check(path, identity=identity, device=device)
-        folder = cls(Path(path).expanduser(), shards)
+        folder = cls(expanded(path), shards)
         if folder.marker() is None:
             try:
                 folder.path.mkdir(parents=True, exist_ok=True)
@@ -55,7 +56,7 @@ class Folder:
     @staticmethod
     def check(path: str | Path, *, identity: str, device: str) -> None:
         """Raise UserError for a folder that `claim` would refuse; nothing is written."""
-        folder = Path(path).expanduser()
+        folder = expanded(path)
         found = _read_json(folder / MARKER)
         if found is not None and found.get("identity") != identity:
             raise UserError(
@@ -110,6 +111,14 @@ class Folder:
         finally:
             if handle is not None:
                 os.close(handle)
+
+    def threads(self, mine: int) -> int:
+        """Return how many threads the run began with; a new one notes `mine`."""
+        marker = self.marker() or {}
+        if not isinstance(begun := marker.get("threads"), int):
+            self._write_json(MARKER, {**marker, "threads": mine})
+            return mine
+        return begun
 
     def shard(self, index: int) -> Path:
         """Return the path of a shard; 0 holds what lies outside the blocks, i + 1 block i."""

@@ -15,6 +15,8 @@ from torch import Tensor
 from makeweight.errors import UserError
 
 NAME = "manifest.json"
+REWRITTEN = ("recipe.json", "record.json")
+"""What a repeated run writes again where it is lost."""
 
 
 def tensor_hash(tensor: Tensor) -> str:
@@ -37,7 +39,7 @@ def build(folder: Path) -> str:
 def check(folder: Path, *, kinds: tuple[str, ...] = ("",)) -> list[str]:
     """Return one sentence for everything in which a folder differs from its manifest; empty where nothing does.
 
-    kinds: the ends of the names that are looked at; all where it is not given.
+    kinds: the ends of the names that are looked into; of others only absence counts, but for what is `REWRITTEN`.
     Raises UserError where there is no folder or no manifest.
     """
     if not (folder / NAME).is_file():
@@ -52,16 +54,20 @@ def check(folder: Path, *, kinds: tuple[str, ...] = ("",)) -> list[str]:
     if not sound:
         return [f"{NAME} itself is damaged."]
     problems = []
-    files = {name: entry for name, entry in found["files"].items() if name.endswith(kinds)}
-    present = {name for name in _files(folder) if name.endswith(kinds)}
+    files, present = found["files"], set(_files(folder))
     for name, entry in files.items():
+        looked_into = name.endswith(kinds)
         if name not in present:
-            problems.append(f"{name} is missing.")
+            problems += [f"{name} is missing."] if looked_into or name not in REWRITTEN else []
+        elif not looked_into:
+            continue
         elif (size := (folder / name).stat().st_size) != entry["bytes"]:
             problems.append(f"{name} has {size} bytes instead of {entry['bytes']}.")
         elif _file_hash(folder / name) != entry["sha256"]:
             problems += _damaged(folder, name, found["tensors"])
-    problems += [f"{name} is not part of what was written." for name in sorted(present - files.keys())]
+    problems += [
+        f"{name} is not part of what was written." for name in sorted(present - files.keys()) if name.endswith(kinds)
+    ]
     return problems
 
 

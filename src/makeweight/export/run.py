@@ -17,6 +17,7 @@ from makeweight.export.formats import FORMATS
 from makeweight.export.hf import write_json
 from makeweight.export.manifest import tensor_hash
 from makeweight.export.solved import Solved
+from makeweight.paths import expanded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,8 +97,8 @@ def check(
 
 def target_of(solved: Path, form: str, out: str | Path | None) -> Path:
     """Return the folder that a format is written into."""
-    whole = solved.expanduser().resolve()
-    return Path(out).expanduser() / form if out else whole.with_name(f"{whole.name}-{form}")
+    whole = expanded(solved).resolve()
+    return expanded(out) / form if out else whole.with_name(f"{whole.name}-{form}")
 
 
 def _earlier(target: Path, identity: str) -> Exported | None:

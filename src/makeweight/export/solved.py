@@ -20,6 +20,7 @@ from makeweight.models.checkpoint import TEMPLATES
 from makeweight.models.shards import Shards, read_json
 from makeweight.numerics.qtensor import QTensor
 from makeweight.numerics.scheme import Scheme
+from makeweight.paths import expanded
 from makeweight.recipe import Recipe
 
 REPAIR = "Delete it and write it again, or download it again."
@@ -39,7 +40,7 @@ class Solved:
     """Reads a solved folder shard by shard. Raises UserError for a folder that is none, unfinished or damaged."""
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path).expanduser()
+        self.path = expanded(path)
         if not (self.path / MARKER).is_file():
             raise UserError(f"{self.path} is not a folder that `makeweight quantize` wrote: give its --out folder.")
         marker = read_json(self.path / MARKER)

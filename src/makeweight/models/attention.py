@@ -32,7 +32,12 @@ def speed_up(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _attention(
-    module: nn.Module, query_BHTD: Tensor, key_BKTD: Tensor, value_BKTE: Tensor, mask: Tensor | None, **named: Any
+    module: nn.Module,
+    query_BHTD: Tensor,
+    key_BKTD: Tensor,
+    value_BKTE: Tensor,
+    attention_mask: Tensor | None,
+    **named: Any,
 ) -> tuple[Tensor, None]:
     """Answer one attention layer: [B, T, H, E], and no probabilities."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -41,7 +46,7 @@ def _attention(
     answer = {key_BKTD.shape[2]: causal_attention, 1: last_token_attention}.get(query_BHTD.shape[2])
     if (
         answer is not None
-        and mask is None
+        and attention_mask is None
         and (getattr(module, "is_causal", True) if causal is None else causal)
         and query_BHTD.device.type == "cpu"
         and query_BHTD.dtype in _NARROW
@@ -51,4 +56,4 @@ def _attention(
         scale = named.get("scaling")
         scale = query_BHTD.shape[-1] ** -0.5 if scale is None else scale
         return answer(query_BHTD, key_BKTD, value_BKTE, scale).transpose(1, 2).contiguous(), None
-    return sdpa_attention_forward(module, query_BHTD, key_BKTD, value_BKTE, mask, **named)
+    return sdpa_attention_forward(module, query_BHTD, key_BKTD, value_BKTE, attention_mask, **named)

@@ -63,6 +63,8 @@ class Checkpoint:
         self._layout = empty_model(config, trust_remote_code=trust_remote_code)
         self.spec: ModelSpec = spec_for(config, self._layout)
         self.n_blocks: int = len(self.blocks(self._layout))
+        if not self.n_blocks:
+            raise UserError(f"{path}/config.json describes a model without blocks: use the one of the weights.")
         self._check_names()
 
     def _stored_dtype(self) -> torch.dtype:
@@ -149,7 +151,8 @@ class Checkpoint:
 
         try:
             return AutoTokenizer.from_pretrained(self.path, trust_remote_code=self._trust, local_files_only=True)
-        except (OSError, ValueError, KeyError, ImportError) as error:
+        # Tokenizers are read by code of many kinds, whose errors have no common class.
+        except Exception as error:
             raise UserError(
                 f"{self.path} has no tokenizer that transformers can load ({first_line(error)}): add its files."
             ) from error

@@ -9,6 +9,7 @@ from makeweight.errors import UserError
 from makeweight.models import gguf, packed
 from makeweight.models.checkpoint import TEMPLATES, Checkpoint
 from makeweight.models.shards import first_line, read_json
+from makeweight.paths import expanded
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -29,6 +30,8 @@ def open_checkpoint(model: str | Path, *, trust_remote_code: bool = False) -> Ch
         raise UserError(f"{path} has no config.json: give a Hugging Face model folder, a hub name or a .gguf file.")
     raw = read_json(path / "config.json")
     quantization = raw.get("quantization_config") or {}
+    if not isinstance(quantization, dict):
+        raise UserError(f"{path}/config.json has a quantization_config that is not an object: download it again.")
     return Checkpoint(
         path,
         _config(path, trust_remote_code),
@@ -41,7 +44,7 @@ def open_checkpoint(model: str | Path, *, trust_remote_code: bool = False) -> Ch
 
 def locate(model: str | Path, *, code: bool = False) -> tuple[Path, str]:
     """Return where a model lies on this disk, fetching it from the hub if need be, and its short name."""
-    path = Path(model).expanduser()
+    path = expanded(model)
     if path.is_dir():
         return path, path.resolve().name
     if path.is_file():
@@ -73,7 +76,8 @@ def _config(path: Path, trust_remote_code: bool) -> PretrainedConfig:
 
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
-    except (ValueError, OSError, KeyError, ImportError) as error:
+    # A configuration is checked by code of its own: what that raises has no common class.
+    except Exception as error:
         raise UserError(
             f"{path}/config.json names no model that transformers can build ({first_line(error)}): "
             "use a supported model, or trust its own code with trust_remote_code."

@@ -11,6 +11,7 @@ from torch import nn
 
 from makeweight import models
 from makeweight.errors import UserError
+from makeweight.models.shards import first_line
 from makeweight.models.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -43,7 +44,9 @@ def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     from transformers import AutoModelForCausalLM
 
     mapping = AutoModelForCausalLM._model_mapping  # the only table of causal classes that transformers has
-    stored = list(getattr(config, "architectures", None) or [])
+    stored = getattr(config, "architectures", None) or []
+    if not isinstance(stored, list):
+        raise UserError(f"config.json has architectures {stored!r}, which is not a list: download it again.")
     found = mapping.get(type(config), None)
     cls = found[0] if isinstance(found, tuple) else found
     name = stored[0] if stored else type(config).__name__
@@ -63,13 +66,20 @@ def empty_model(config: PretrainedConfig, *, trust_remote_code: bool = False) ->
 
     cls = None if trust_remote_code and hasattr(config, "auto_map") else model_class(config)
     sdpa = bool(getattr(cls, "_supports_sdpa", False))
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(
-            config,
-            dtype=config.dtype,
-            attn_implementation="sdpa" if sdpa else "eager",
-            trust_remote_code=trust_remote_code,
-        )
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(
+                config,
+                dtype=config.dtype,
+                attn_implementation="sdpa" if sdpa else "eager",
+                trust_remote_code=trust_remote_code,
+            )
+    # Whatever a model's own code makes of numbers that do not fit together.
+    except Exception as error:
+        raise UserError(
+            f"config.json describes a {config.model_type} that transformers cannot build ({first_line(error)}): "
+            "use the one that belongs to the weights."
+        ) from error
     model.config.use_cache = False
     return model.eval().requires_grad_(False)
 

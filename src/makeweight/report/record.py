@@ -62,6 +62,8 @@ class Record:
         pairs = [(result, before[result.dataset]) for result in self.perplexities if result.dataset in before]
         if not pairs:
             return ""
+        if broken := [first.dataset for _, first in pairs if not math.isfinite(first.perplexity)]:
+            return f"Nothing can be said of this model: the original itself has no finite perplexity on {broken[0]}."
         worst, original = max(pairs, key=_ratio)
         ratio = _ratio((worst, original))
         where = f"perplexity on {worst.dataset} went from {original.perplexity:.2f} to {worst.perplexity:.2f}"
@@ -74,22 +76,37 @@ class Record:
         return f"This model stays close to the original: {where}."
 
     def to_json(self) -> str:
-        """Return the record as indented JSON with sorted keys."""
-        return json.dumps(asdict(self), indent=2, sort_keys=True) + "\n"
+        """Return the record as indented JSON with sorted keys; numbers that are not finite are null."""
+        return json.dumps(_finite(asdict(self)), indent=2, sort_keys=True, allow_nan=False) + "\n"
 
     @classmethod
     def load(cls, folder: str | Path) -> Record:
-        """Read the record of a finished folder."""
+        """Read the record of a finished folder; raises OSError, ValueError, KeyError or TypeError for what is none."""
         data = json.loads((Path(folder) / FILE).read_text(encoding="utf-8"))
         for name in ("perplexities", "baselines"):
-            data[name] = tuple(Perplexity(**item) for item in data[name])
+            data[name] = tuple(_perplexity(item) for item in data[name])
         return cls(
             **{**data, "blocks": tuple(data["blocks"]), "exports": tuple(data["exports"]), "cost": Cost(**data["cost"])}
         )
 
 
+def _finite(value: Any) -> Any:
+    """Replace numbers that JSON has no words for."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _perplexity(item: Mapping[str, Any]) -> Perplexity:
+    """Read a result; what was not finite counts as infinite."""
+    infinite = {name: math.inf for name in ("perplexity", "nll") if item[name] is None}
+    return Perplexity(**{**item, **infinite})
+
+
 def _ratio(pair: tuple[Perplexity, Perplexity]) -> float:
-    """Return after / before, infinite where the original is broken itself."""
+    """Return after / before, infinite where what is after is not a number."""
     ratio = pair[0].perplexity / pair[1].perplexity
     return math.inf if math.isnan(ratio) else ratio
 

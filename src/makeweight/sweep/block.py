@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from makeweight.calib.capture import hidden_of
+from makeweight.calib.capture import for_batch, hidden_of, run_block
 from makeweight.methods.base import State
 
 
@@ -26,8 +26,9 @@ class Block:
     def __call__(self, hidden_BTD: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
         """Run the block, shape (B, T, D), where given with other weights, by name of a linear or of a parameter."""
         if weights is None:
-            return hidden_of(self.module(hidden_BTD, **self.kwargs))
-        return hidden_of(functional_call(self.module, self._named(weights), (hidden_BTD,), dict(self.kwargs)))
+            return run_block(self.module, hidden_BTD, self.kwargs)
+        kwargs = for_batch(self.kwargs, len(hidden_BTD))
+        return hidden_of(functional_call(self.module, self._named(weights), (hidden_BTD,), kwargs))
 
     def state(self) -> State:
         """Return fp32 copies of the weights to quantize, as the block holds them."""
