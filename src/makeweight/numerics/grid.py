@@ -141,8 +141,8 @@ class _Clipping:
             grad_offset = (grad_OGS * scale_OG.unsqueeze(-1)).flatten(1)
         if wanted[0]:
             # The ends of a range move with the weights that set them.
-            _pull(grad_OGS, low_OG.unsqueeze(-1) - weight_OGS, grad_low_OG * low_factor_OG)
-            _pull(grad_OGS, weight_OGS - high_OG.unsqueeze(-1), grad_high_OG * high_factor_OG)
+            _pull(grad_OGS, weight_OGS, low_OG, grad_low_OG * low_factor_OG)
+            _pull(grad_OGS, weight_OGS, high_OG, grad_high_OG * high_factor_OG)
             grad_weight = grad_OGS.flatten(1)
         return grad_weight, grad_low_OG * low_OG, grad_high_OG * high_OG, grad_offset
 
@@ -174,9 +174,9 @@ class _ClippedGrid(torch.autograd.Function):
         return *by_rows(work, weight_OI, grads[0], *others, column_O1), None
 
 
-def _pull(grad_OGS: Tensor, gap_OGS: Tensor, pull_OG: Tensor) -> None:
-    """Share a pull among the weights that set an end of their range: their gap to it is 0, that of all others less."""
-    sets_OGS = gap_OGS.sign_().add_(1)
+def _pull(grad_OGS: Tensor, weight_OGS: Tensor, end_OG: Tensor, pull_OG: Tensor) -> None:
+    """Share a pull among the weights that set an end of their range: those that are equal to it."""
+    sets_OGS = torch.eq(weight_OGS, end_OG.unsqueeze(-1), out=torch.empty_like(weight_OGS))
     share_OG = pull_OG / sets_OGS.sum(-1).clamp_(min=1)
     grad_OGS.addcmul_(sets_OGS, share_OG.unsqueeze(-1))
 
@@ -190,18 +190,13 @@ def scale_slope(
 ) -> tuple[Tensor, Tensor]:
     """Return d w_hat / d scale (the rounding residual inside the range, its end outside) and 1 inside, 0 outside.
 
-    Masks are floats: passes over booleans are several times slower on a CPU.
+    Masks are floats, written as such: passes over booleans are several times slower on a CPU.
     """
     scaled_OGS = weight_OGS / scale_OG.unsqueeze(-1)
     rounded_OGS = _unrounded(scaled_OGS, zero_OG, offset_OGS).round_()
     codes_OGS = rounded_OGS.clamp(scheme.qmin, scheme.qmax)
-    inside_OGS = _flip(rounded_OGS.sub_(codes_OGS).abs_().clamp_(max=1))  # a difference of integers
+    inside_OGS = rounded_OGS.eq_(codes_OGS)
     return codes_OGS.sub_(zero_OG.unsqueeze(-1)).addcmul_(scaled_OGS, inside_OGS, value=-1), inside_OGS
-
-
-def _flip(mask_OGS: Tensor) -> Tensor:
-    """Swap ones and zeros in place."""
-    return mask_OGS.neg_().add_(1)
 
 
 def _range_slopes(low_OG: Tensor, high_OG: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
