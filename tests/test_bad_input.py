@@ -23,6 +23,12 @@ class Workplace:
         self.out = path / "out"
         self.capfd.readouterr()
 
+    def lend_tokenizer(self, model: Path) -> None:
+        """Give another model the sound one's tokenizer, and forget what was printed."""
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            (model / name).write_bytes((self.model / name).read_bytes())
+        self.capfd.readouterr()
+
     def refused(self, *argv: str) -> str:
         """Run a command and return its one sentence; no folder may have appeared."""
         before = files(self.path)
@@ -178,6 +184,43 @@ def test_weights_with_nan(work: Workplace, name: str, method: str) -> None:
 def test_options_that_cannot_work(work: Workplace, options: str, says: str) -> None:
     assert says in work.quantize(*options.split())
     assert says in work.quantize(*options.split(), "--dry-run")
+
+
+def test_a_tokenizer_of_another_model(work: Workplace) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model = work.path / "few"
+    config = LlamaConfig(
+        vocab_size=60, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    )
+    LlamaForCausalLM(config).save_pretrained(model)
+    work.lend_tokenizer(model)
+    for refused in (
+        work.quantize("--method", "rtn", model=model),
+        work.refused("evaluate", str(model), "--dataset", str(work.text), "--seqlen", "64", "--windows", "1"),
+    ):
+        assert f"{model} has a tokenizer that gives token" in refused and "an embedding of 60 rows" in refused
+
+
+def test_blocks_that_see_more_than_hidden_states(work: Workplace) -> None:
+    from transformers import BloomConfig, BloomForCausalLM
+
+    config = BloomConfig(hidden_size=32, n_layer=2, n_head=2, vocab_size=300)
+    BloomForCausalLM(config).save_pretrained(work.path / "bloom")
+    work.lend_tokenizer(work.path / "bloom")
+    for method in ("rtn", "lwc"):
+        said = work.quantize("--method", method, "--scheme", "W4A16", model=work.path / "bloom")
+        assert "'alibi' that depends on the samples or their number" in said
+
+
+def test_an_embedding_with_nan_is_not_evaluated(work: Workplace) -> None:
+    file = next(f for f in work.model.glob("*.safetensors") if "model.embed_tokens.weight" in load_file(f))
+    tensors = load_file(file)
+    tensors["model.embed_tokens.weight"][7] = float("nan")
+    save_file(tensors, file, {"format": "pt"})
+    command = ("evaluate", str(work.model), "--dataset", str(work.text), "--seqlen", "64", "--windows", "1")
+    assert "model.embed_tokens.weight in" in work.refused(*command)
+    assert "device 'meta' cannot be used here" in work.refused(*command, "--device", "meta")
 
 
 def test_texts_that_are_empty_or_short(work: Workplace) -> None:

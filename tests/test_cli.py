@@ -199,7 +199,8 @@ def test_evaluate(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
         results = found(texts.datasets, divergence=0.12345, same_top=0.876)
         return results, found(texts.datasets, perplexity=len(path + original))
 
-    stand_in(monkeypatch, "makeweight.evals.perplexity", evaluate=measure, compare=both, Texts=SimpleNamespace)
+    names = {"evaluate": measure, "compare": both, "Texts": SimpleNamespace, "Perplexity": SimpleNamespace}
+    stand_in(monkeypatch, "makeweight.evals.perplexity", **names)
     assert main("evaluate folder --dataset [a] --dataset b.txt --windows 12 --device cpu".split()) == 0
     wanted = {"datasets": ("[a]", "b.txt"), "seqlen": 2048, "windows": 12, "device": "cpu", "trust_remote_code": False}
     assert asked == [("folder", wanted)]

@@ -25,7 +25,8 @@ def test_export_and_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str], m
     assert not (tmp_path / "out-dense").exists()
 
     assert main(["export", str(tmp_path / "out"), "--format", "dense"]) == 0
-    assert "equal" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "equal" in printed and f"Written to {tmp_path / 'out-dense'}" in printed.splitlines()
     for folder in ("out", "out-dense"):
         assert main(["verify", str(tmp_path / folder)]) == 0
         assert "byte for byte" in capsys.readouterr().out
@@ -36,6 +37,10 @@ def test_export_and_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str], m
     assert "did you mean 'dense'" in refused(capsys, "export", str(tmp_path / "out"), "--format", "dens")
     for option in ("--push-to-hub", "--out"):
         assert "name it with --format" in refused(capsys, "export", str(tmp_path / "out"), option, "me")
+    for inside in (tmp_path / "out", tmp_path / "out" / "deep" / ".." / "more"):
+        assert "lies in the folder that is exported" in refused(
+            capsys, "export", str(tmp_path / "out"), "--format", "dense", "--out", str(inside)
+        )
     wrong = refused(capsys, "export", str(tmp_path / "out"), "--format", "dense", "--out", str(text))
     assert "cannot be made a folder" in wrong
 

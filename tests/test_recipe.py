@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from makeweight import evaluate, export_model
 from makeweight.errors import UserError
 from makeweight.numerics.scheme import Scheme
 from makeweight.recipe import Calib, Eval, Recipe, Tune, parse_blocks
@@ -87,6 +88,9 @@ def test_given_tables_are_copied() -> None:
         ("{}", "does not say 'model'"),
         ('{"model": "m"}', "does not say 'out'"),
         ('{"model": "m", "out": "o", "methox": "rtn"}', r"unknown key 'methox' \(did you mean 'method'\?\)"),
+        ('{"model": "m", "out": "o", "version": 2}', "unknown key 'version': leave it out, or use the version that"),
+        ('{"model": "m", "out": "o", "seed": ' + "9" * 5000 + "}", "cannot be read as JSON"),
+        ("[" * 100_000, "cannot be read as JSON"),
         ('{"model": "m", "out": "o", "calib": {"nsample": 1}}', r"calib .* 'nsample' \(did you mean 'nsamples'\?\)"),
         ('{"model": "m", "out": "o", "calib": {"nsamples": "1"}}', "calib.nsamples='1' is not a whole number"),
         ('{"model": "m", "out": "o", "calib": {"nsamples": 1.0}}', "calib.nsamples=1.0 is not a whole number"),
@@ -194,3 +198,18 @@ def test_public_names_are_what_they_are_called() -> None:
         "assert not names, names"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_paths_may_be_paths(tmp_path: Path) -> None:
+    recipe = Recipe(model=tmp_path / "model", out=tmp_path / "out")  # pyright: ignore[reportArgumentType]
+    assert Recipe.from_json(recipe.to_json()) == recipe and recipe.model == str(tmp_path / "model")
+
+
+def test_one_text_is_not_a_list_of_texts() -> None:
+    with pytest.raises(UserError, match="put it in brackets"):
+        evaluate("model", datasets="wikitext2")
+    with pytest.raises(UserError, match="put it in brackets"):
+        export_model("folder", "gptq")
+    for bits in ("3", 3.5, True):
+        with pytest.raises(UserError, match=f"bits={bits!r} is not a whole number"):
+            Scheme(bits=bits)  # pyright: ignore[reportArgumentType]

@@ -20,6 +20,7 @@ from rich.text import Text
 from makeweight import __version__, options
 from makeweight.errors import UserError
 from makeweight.numerics.scheme import Scheme
+from makeweight.paths import expanded
 from makeweight.recipe import Recipe, parse_blocks
 
 Formats = Annotated[
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         place = error.filename or "the system"
         return _refuse(f"{place} gives an error ({error.strerror or error}): check path, permissions and free space.")
     except typer.TyperException as error:
-        return _refuse(error.format_message())
+        return _refuse(error.format_message().rstrip(".") + ".")
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     if code == INTERRUPTED:
@@ -175,13 +176,11 @@ def export(
         _print_table(("format", f"holds {path.name}", "loads in"), rows)
         return
     done = run(path, wanted, out=out)
-    _print_table(
-        ("format", "MB", "linears", "other tensors", "furthest weight", "folder"),
-        [
-            (e.format, f"{e.bytes / 1e6:.1f}", str(e.linears), str(e.kept), _steps(e.deviation), str(e.path))
-            for e in done
-        ],
-    )
+    columns = ("format", "MB", "linears", "other tensors", "furthest weight")
+    rows = [(e.format, f"{e.bytes / 1e6:.1f}", str(e.linears), str(e.kept), _steps(e.deviation)) for e in done]
+    _print_table(columns, rows)
+    for item in done:
+        print(f"Written to {item.path}")
     if push_to_hub:
         for item in done:
             print(push(item.path, push_to_hub if len(done) == 1 else f"{push_to_hub}-{item.format}"))
@@ -197,7 +196,7 @@ def verify(path: Annotated[Path, typer.Argument(help="Folder that makeweight wro
     from makeweight.export.manifest import check
     from makeweight.export.solved import REPAIR
 
-    if problems := check(path):
+    if problems := check(expanded(path)):
         raise UserError(f"{path} is not what was written: {' '.join(problems)} {REPAIR}")
     print(f"{path} is what was written, byte for byte.")
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from makeweight import __version__
-from makeweight.calib.capture import find_device
-from makeweight.calib.data import behind, calibration_tokens, evaluation_texts
+from makeweight.calib.capture import check_replay, find_device
+from makeweight.calib.data import behind, calibration_tokens, check_tokens, evaluation_texts
 from makeweight.estimate import Estimate, estimate
 from makeweight.export import compressed_tensors
 from makeweight.export.base import Facts
@@ -66,6 +66,8 @@ class Job:
                 tokenizer, calib.dataset, nsamples=calib.nsamples, seqlen=calib.seqlen, seed=recipe.seed
             )
             tokens_NT = behind(ckpt.start_token(tokenizer), drawn_NT[:, : count * length].reshape(-1, length))
+        check_tokens(ckpt, *texts, *([] if tokens_NT is None else [tokens_NT]))
+        check_replay(ckpt.skeleton(), ckpt.spec.blocks)
         folder = Folder(expanded(recipe.out), ckpt.n_blocks + 1)
         missing = tuple(name for name in recipe.formats if not target_of(folder.path, name, None).is_dir())
         unwritten = replace(cut, formats=missing)

@@ -8,7 +8,9 @@ from makeweight.errors import UserError
 
 
 def expanded(path: str | Path) -> Path:
-    """Return a path with its ~ replaced by a home directory; raises UserError where there is none."""
+    """Return a path with its ~ replaced by a home directory; raises UserError where there is none, or no path."""
+    if "\0" in str(path):
+        raise UserError(f"{str(path)!r} is not a path: a null character cannot be part of one.")
     try:
         return Path(path).expanduser()
     except RuntimeError as error:

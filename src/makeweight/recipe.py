@@ -11,11 +11,13 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
+from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from makeweight.errors import UserError, did_you_mean
 from makeweight.numerics.scheme import MIN_BITS, Scheme
+from makeweight.paths import expanded
 
 Option = float | int | bool | str
 T = TypeVar("T")
@@ -131,6 +133,9 @@ class Recipe:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("model", "out"):
+            if isinstance(path := getattr(self, name), PathLike):
+                object.__setattr__(self, name, str(path))
         for name in ("model", "method", "out"):
             _text(name, getattr(self, name))
         for name, kind in (("scheme", Scheme), ("calib", Calib), ("tune", Tune), ("eval", Eval)):
@@ -172,6 +177,8 @@ class Recipe:
             data = json.loads(text)
         except json.JSONDecodeError as error:
             raise UserError(f"{source} is not JSON: {error.msg} in line {error.lineno}.") from None
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{source} cannot be read as JSON ({error}).") from None
         data = _mapping(source, data)
         scheme = data.get("scheme")
         if isinstance(scheme, str):
@@ -193,7 +200,7 @@ class Recipe:
     def load(cls, path: Path | str) -> Recipe:
         """Read a recipe from a JSON file; raises UserError where there is none or it is wrong."""
         try:
-            text = Path(path).read_text(encoding="utf-8")
+            text = expanded(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else "it is not UTF-8 text"
             raise UserError(f"recipe {str(path)!r} cannot be read: {reason}.") from None
@@ -214,7 +221,10 @@ def _build(kind: type[T], given: object, where: str) -> T:
     known = {item.name: item for item in fields(kind)}  # pyright: ignore[reportArgumentType]
     for key in data:
         if key not in known:
-            raise UserError(f"{where} has an unknown key {key!r}{did_you_mean(key, known)}.")
+            near = did_you_mean(key, known)
+            raise UserError(
+                f"{where} has an unknown key {key!r}{near}: leave it out, or use the version that wrote it."
+            )
     for name, item in known.items():
         if item.default is MISSING and item.default_factory is MISSING and name not in data:
             raise UserError(f"{where} does not say {name!r}, which has no default.")

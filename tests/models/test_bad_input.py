@@ -104,6 +104,52 @@ def test_a_truncated_shard(folder: Path, keep: int) -> None:
     assert f"{file} is not a complete safetensors file" in refused(folder)
 
 
+@pytest.mark.parametrize(
+    "header",
+    [
+        [],
+        {"a": 1},
+        {"a": {"dtype": "F32", "shape": [1]}},
+        {"a": {"dtype": "F32", "shape": [1], "data_offsets": ["0", "4"]}},
+        {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}},
+        {"a": {"dtype": "F32", "shape": [1], "data_offsets": [2, 4]}},
+    ],
+)
+def test_a_header_that_describes_no_tensors(tmp_path: Path, header: object) -> None:
+    folder, text = tiny_folder("llama", tmp_path / "tiny"), json.dumps(header).encode()
+    (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
+    assert "model.safetensors is not a complete safetensors file" in refused(folder)
+
+
+def test_an_index_of_something_else(folder: Path) -> None:
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": 5}}')
+    assert "has no weight_map" in refused(folder)
+
+
+def test_quantization_that_is_described_wrongly(folder: Path) -> None:
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    for groups in ([1], {"group_0": {"weights": {"num_bits": "x"}}}):
+        wrong = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups}
+        file.write_text(json.dumps({**config, "quantization_config": wrong}))
+        assert "config.json has a quantization_config that cannot be read" in refused(folder)
+
+
+def test_what_a_config_has_wrong_is_said(folder: Path) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "hidden_size": "64"}))
+    said = refused(folder)
+    assert "'hidden_size'" in said and "expected int" in said and "trust" not in said
+
+
+def test_an_encoder_with_a_head_for_language(tmp_path: Path) -> None:
+    from transformers import BertConfig, BertLMHeadModel
+
+    config = BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=50)
+    BertLMHeadModel(config).save_pretrained(tmp_path)
+    assert "BertLMHeadModel is not a causal language model" in refused(tmp_path)
+
+
 def test_a_missing_shard(folder: Path) -> None:
     file = sorted(folder.glob("*.safetensors"))[1]
     file.unlink()

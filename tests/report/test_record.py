@@ -98,6 +98,12 @@ def test_an_original_that_is_broken_itself_stays_close_to_nothing(names: tuple[s
     assert record.verdict() == says
 
 
+@pytest.mark.parametrize(("same", "says"), [(0.71, "close"), (0.69, "worse"), (0.39, "broken")])
+def test_perplexity_that_fell_by_luck_is_no_proof(same: float, says: str) -> None:
+    after = tuple(replace(result, divergence=1.0, same_top=same) for result in measured(wiki=9.0))
+    assert says in a_record(perplexities=after, baselines=measured(wiki=10.0)).verdict()
+
+
 def test_json_has_no_word_for_infinity(tmp_path: Path) -> None:
     record = a_record(perplexities=measured(wiki=math.inf), baselines=measured(wiki=10.0))
     (tmp_path / FILE).write_text(record.to_json())

@@ -19,6 +19,8 @@ from makeweight.errors import UserError
 
 Answer = Callable[[Tensor, dict[str, Any]], Tensor]
 _OF_BLOCKS_DTYPE = ("position_embeddings", "attention_mask")
+PROBE = 8
+"""Tokens that show what a model gives its blocks."""
 _CACHES = ("past_key_values", "past_key_value", "layer_past")
 
 
@@ -58,18 +60,7 @@ def capture(
     device. Raises UserError for a model that hands its blocks something that depends on the sample.
     """
     device = _device_of(model)
-    probe_1T = tokens_NT[:1].to(device)
-    kwargs = _dry_run(model, blocks_path, probe_1T, dtype)
-    # Whatever changes with the tokens (per-layer embeddings, a shared residual) cannot be replayed for other samples.
-    both = _dry_run(model, blocks_path, torch.cat([probe_1T, probe_1T.flip(1)]), dtype)
-    for index, (ours, others) in enumerate(zip(kwargs, both, strict=True)):
-        for name, value in ours.items():
-            if not _same(value, others[name]):
-                raise UserError(
-                    f"{type(model).__name__} gives block {index} an argument {name!r} that depends on the samples: "
-                    "block-wise work needs a model whose blocks see only hidden states, so choose another model."
-                )
-
+    kwargs = _arguments(model, blocks_path, tokens_NT[:1].to(device), dtype)
     hidden_NTD: Tensor | None = None
     done = 0
 
@@ -87,6 +78,26 @@ def capture(
         _walk(model, blocks_path, batch_BT.to(device), answers)
     assert hidden_NTD is not None
     return Captured(hidden_NTD, kwargs)
+
+
+def check_replay(model: nn.Module, blocks_path: str) -> None:
+    """Raise the UserError that `capture` would raise for a model, on a few tokens."""
+    _arguments(model, blocks_path, torch.arange(PROBE).unsqueeze(0).to(_device_of(model)), torch.float32)
+
+
+def _arguments(model: nn.Module, blocks_path: str, probe_1T: Tensor, dtype: torch.dtype) -> tuple[dict[str, Any], ...]:
+    """Return the keyword arguments of every block; raises UserError where those of other samples would differ."""
+    kwargs = _dry_run(model, blocks_path, probe_1T, dtype)
+    # Whatever changes with the tokens (per-layer embeddings, a shared residual) cannot be replayed for other samples.
+    both = _dry_run(model, blocks_path, torch.cat([probe_1T, probe_1T.flip(1)]), dtype)
+    for index, (ours, others) in enumerate(zip(kwargs, both, strict=True)):
+        for name, value in ours.items():
+            if not _same(value, others[name]):
+                raise UserError(
+                    f"{type(model).__name__} gives block {index} an argument {name!r} that depends on the samples or "
+                    "their number: block-wise work needs blocks that see only hidden states, so choose another model."
+                )
+    return kwargs
 
 
 def finish(model: nn.Module, blocks_path: str, hidden_BTD: Tensor) -> Tensor:
@@ -146,7 +157,10 @@ def find_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
+        if device.type != "meta":  # which holds no numbers
+            return device
+        raise RuntimeError
     except (RuntimeError, AssertionError) as error:
         raise UserError(
             f"device {name!r} cannot be used here: give auto, cpu, or a device that torch finds."

@@ -23,6 +23,8 @@ from makeweight.paths import expanded
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from makeweight.models.checkpoint import Checkpoint
+
 TEXT_SUFFIXES = (".txt", ".raw")
 SUFFIXES = (*TEXT_SUFFIXES, ".jsonl", ".parquet")
 TOGETHER = 1 << 23
@@ -132,8 +134,20 @@ def evaluation_texts(
 ) -> list[Tensor]:
     """Cut the held-out part of several sources into windows; `windows` is one number, one for each, or None for all."""
     counts = windows if isinstance(windows, Sequence) else [windows] * len(sources)
+    if len(counts) != len(sources):
+        raise UserError(f"{len(counts)} numbers of windows do not fit {len(sources)} texts: give one for each.")
     pairs = zip(sources, counts, strict=True)
     return [evaluation_windows(tokenizer, source, seqlen=seqlen, windows=count) for source, count in pairs]
+
+
+def check_tokens(ckpt: Checkpoint, *tokens: Tensor) -> None:
+    """Raise UserError where a text has a token that the model's embedding has no row for."""
+    largest = max((int(part.max()) for part in tokens if part.numel()), default=0)
+    if largest >= ckpt.rows:
+        raise UserError(
+            f"{ckpt.path} has a tokenizer that gives token {largest}, and an embedding of {ckpt.rows} rows: "
+            "use the tokenizer that belongs to these weights."
+        )
 
 
 def _lines_together(text: str) -> Iterator[str]:

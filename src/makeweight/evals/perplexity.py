@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from makeweight.calib.capture import find_device
-from makeweight.calib.data import behind, evaluation_texts
+from makeweight.calib.data import behind, check_tokens, evaluation_texts
 from makeweight.errors import UserError
 from makeweight.evals.predictions import Predictions, Progress, predict
 
@@ -62,6 +62,10 @@ class Texts:
     dtype: torch.dtype | None = None
     trust_remote_code: bool = False
 
+    def __post_init__(self) -> None:
+        if isinstance(self.datasets, str):
+            raise UserError(f"datasets={self.datasets!r} is one text where a list of them belongs: put it in brackets.")
+
     def read(self, model: str, progress: Progress | None = None) -> tuple[Predictions, list[int], float]:
         """Return a model's predictions, how many windows each text has, and the seconds that it took."""
         from makeweight.models.load import open_checkpoint
@@ -77,6 +81,7 @@ class Texts:
         if not self.datasets:
             raise UserError("no data set to evaluate on: name at least one, such as wikitext2.")
         texts = evaluation_texts(tokenizer, self.datasets, seqlen=self.seqlen, windows=self.windows)
+        check_tokens(ckpt, *texts)
         batch = max(1, BATCH_TOKENS // self.seqlen)
         start = time.perf_counter()
         windows_NT = behind(ckpt.start_token(tokenizer), torch.cat(texts))

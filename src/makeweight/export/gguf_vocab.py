@@ -34,8 +34,11 @@ def refusal(folder: Path, rows: int) -> str | None:
     file = folder / "tokenizer.json"
     if not file.is_file():
         return "there is no tokenizer.json, without which llama.cpp reads no text"
-    tokenizer = json.loads(file.read_text(encoding="utf-8"))
-    model = tokenizer["model"]
+    try:
+        tokenizer = json.loads(file.read_text(encoding="utf-8"))
+        model = tokenizer["model"]
+    except (ValueError, KeyError, TypeError):
+        return "its tokenizer.json cannot be read"
     odd = ("byte_fallback", "continuing_subword_prefix", "end_of_word_suffix", "dropout")
     if model.get("type") != "BPE" or any(model.get(key) for key in odd):
         return "its tokenizer is not byte-level BPE"

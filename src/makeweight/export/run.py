@@ -66,6 +66,8 @@ def export_model(path: str | Path, formats: Sequence[str], *, out: str | Path | 
     for a folder that holds something else, or a solved one that another process is using; RuntimeError where what was
     written reads back differently.
     """
+    if isinstance(formats, str):
+        raise UserError(f"formats={formats!r} is one name where a list of them belongs: put it in brackets.")
     if not formats:
         return []
     solved = Solved(path)
@@ -86,8 +88,11 @@ def check(
 
     Raises UserError, as `export` does; what is known of a model only when it is solved is left for then.
     """
+    whole = expanded(path).resolve()
     chosen = [(form, target_of(path, form.name, out)) for form in map(known, dict.fromkeys(formats))]
     for form, target in chosen:
+        if whole in (target.resolve(), *target.resolve().parents):
+            raise UserError(f"{target} lies in the folder that is exported: give another --out.")
         if reason := form.refusal(facts):
             raise UserError(f"{form.name} cannot hold {path.name} at {facts.scheme}: {reason}.")
         if target.exists() and _earlier(target, identity) is None:

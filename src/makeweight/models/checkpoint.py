@@ -162,6 +162,11 @@ class Checkpoint:
         first = tokenizer.bos_token_id if self.spec.needs_start else None
         return first if isinstance(first, int) else None
 
+    @property
+    def rows(self) -> int:
+        """How many tokens the embedding has a row for."""
+        return self._layout.get_parameter(f"{self.spec.embedding}.weight").shape[0]
+
     def skeleton(self, device: torch.device | str = "cpu") -> PreTrainedModel:
         """Build the causal model in eval mode with everything but the blocks' parameters on `device`.
 
@@ -172,7 +177,7 @@ class Checkpoint:
         inside = f"{self.spec.blocks}."
         outside = [name for name in model.state_dict(keep_vars=True) if not name.startswith(inside)]
         found = {name: stored for name in outside if (stored := self.stored_name(name)) is not None}
-        state = {name: self._to_compute(self._read(stored)).to(device) for name, stored in found.items()}
+        state = {name: self._to_compute(self._sound(stored)).to(device) for name, stored in found.items()}
         model.load_state_dict(state, strict=False, assign=True)
         model.tie_weights(missing_keys=set(outside) - set(found), recompute_mapping=False)
         for module in model.modules():

@@ -30,14 +30,19 @@ def open_checkpoint(model: str | Path, *, trust_remote_code: bool = False) -> Ch
         raise UserError(f"{path} has no config.json: give a Hugging Face model folder, a hub name or a .gguf file.")
     raw = read_json(path / "config.json")
     quantization = raw.get("quantization_config") or {}
-    if not isinstance(quantization, dict):
-        raise UserError(f"{path}/config.json has a quantization_config that is not an object: download it again.")
+    try:
+        bits = packed.declared_bits(quantization, str(path)) if quantization else ()
+        activations = packed.declared_activations(quantization)
+    except UserError:
+        raise
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"{path}/config.json has a quantization_config that cannot be read: fetch it again.") from error
     return Checkpoint(
         path,
-        _config(path, trust_remote_code),
+        _config(path, trust_remote_code, own_code="auto_map" in raw),
         name=name,
-        bits=packed.declared_bits(quantization, str(path)) if quantization else (),
-        activations=packed.declared_activations(quantization),
+        bits=bits,
+        activations=activations,
         trust_remote_code=trust_remote_code,
     )
 
@@ -71,16 +76,16 @@ def _from_hub(name: str, code: bool) -> Path:
         ) from error
 
 
-def _config(path: Path, trust_remote_code: bool) -> PretrainedConfig:
+def _config(path: Path, trust_remote_code: bool, *, own_code: bool) -> PretrainedConfig:
     from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
     # A configuration is checked by code of its own: what that raises has no common class.
     except Exception as error:
+        advice = "trust its own code with trust_remote_code" if own_code else "use the one of a supported model"
         raise UserError(
-            f"{path}/config.json names no model that transformers can build ({first_line(error)}): "
-            "use a supported model, or trust its own code with trust_remote_code."
+            f"{path}/config.json names no model that transformers can build ({first_line(error)}): {advice}."
         ) from error
     if hasattr(config, "quantization_config"):
         delattr(config, "quantization_config")  # the weights are decoded as they are read

@@ -41,16 +41,18 @@ def spec_for(config: PretrainedConfig, model: PreTrainedModel | None = None) -> 
 
 def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     """Return the transformers class of a configuration's causal language model, or refuse in a sentence."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
     mapping = AutoModelForCausalLM._model_mapping  # the only table of causal classes that transformers has
     stored = getattr(config, "architectures", None) or []
-    if not isinstance(stored, list):
-        raise UserError(f"config.json has architectures {stored!r}, which is not a list: download it again.")
+    if not isinstance(stored, list) or not all(isinstance(item, str) for item in stored):
+        raise UserError(f"config.json has architectures {stored!r}, which is not a list of names: download it again.")
     found = mapping.get(type(config), None)
     cls = found[0] if isinstance(found, tuple) else found
     name = stored[0] if stored else type(config).__name__
-    if cls is None or (stored and cls.__name__.casefold() not in {item.casefold() for item in stored}):
+    # These attend both ways unless they are told that they are decoders.
+    encoder = type(config) in AutoModelForMaskedLM._model_mapping and not getattr(config, "is_decoder", True)
+    if cls is None or encoder or (stored and cls.__name__.casefold() not in {item.casefold() for item in stored}):
         raise UserError(
             f"{name} is not a causal language model: give a decoder such as LLaMA, Qwen, Gemma, OPT or Phi."
         )
@@ -105,11 +107,12 @@ def generic_spec(model: PreTrainedModel) -> ModelSpec:
             f"{name} has no nn.Linear in its blocks (they hold {', '.join(kinds)}): "
             "give a decoder such as LLaMA, Qwen, Gemma, OPT or Phi."
         )
-    experts = [path for path, item in lists[blocks][0].named_parameters() if item.ndim > 2]
-    if experts:
+    wide = [path for block in lists[blocks] for path, item in block.named_parameters() if item.ndim > 2]
+    if wide:
+        kind = "a mixture of experts" if "conv" not in wide[0] else "a convolution"
         raise UserError(
-            f"{name} keeps {experts[0]} of a block in one tensor of more than two dimensions (a mixture of experts): "
-            "give a dense model."
+            f"{name} keeps {wide[0]} of a block in one tensor of more than two dimensions ({kind}): "
+            "give a model whose blocks hold plain linear layers."
         )
     paths = {id(module): path for path, module in model.named_modules()}
     return ModelSpec(

@@ -93,8 +93,11 @@ class Shards:
 
 
 def first_line(error: BaseException) -> str:
-    """Return what fits into a sentence of an error's text."""
-    return str(error).strip().split("\n")[0].rstrip(".:") or type(error).__name__
+    """Return what fits into a sentence of an error's text: its first line, the next one too where that says more."""
+    lines = [line.strip() for line in str(error).strip().split("\n")]
+    text = " ".join(lines[:2] if lines[0].endswith(":") else lines[:1]).rstrip(".:")
+    kind = type(error).__name__
+    return f"{kind} {text}".strip() if isinstance(error, LookupError) or not text else text
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -112,7 +115,7 @@ def _shard_files(folder: Path) -> list[Path]:
     index = folder / INDEX
     if index.is_file():
         weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict):
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
             raise UserError(f"{index} has no weight_map: download it again.")
         files = [folder / name for name in sorted(set(weight_map.values()))]
         missing = [file.name for file in files if not file.is_file()]
@@ -133,6 +136,8 @@ def _shard_files(folder: Path) -> list[Path]:
 
 
 def _read_header(file: Path) -> dict[str, Entry]:
+    from safetensors import SafetensorError, safe_open
+
     broken = UserError(f"{file} is not a complete safetensors file (cut short or damaged): download it again.")
     size = file.stat().st_size
     with file.open("rb") as stream:
@@ -141,11 +146,14 @@ def _read_header(file: Path) -> dict[str, Entry]:
             raise broken
         try:
             header = json.loads(stream.read(length))
-        except ValueError as error:
+            header.pop("__metadata__", None)
+            ends = [info["data_offsets"][1] for info in header.values()]
+            whole = 8 + length + max(ends, default=0) == size
+            with safe_open(file, framework="pt"):  # which checks that offsets fit shapes
+                pass
+        except (ValueError, TypeError, LookupError, AttributeError, SafetensorError) as error:
             raise broken from error
-    header.pop("__metadata__", None)
-    ends = [info["data_offsets"][1] for info in header.values()]
-    if 8 + length + max(ends, default=0) != size:
+    if not whole:
         raise broken
     entries: dict[str, Entry] = {}
     for name, info in header.items():

@@ -34,6 +34,9 @@ class Scheme:
     activations: Literal[8, 16] = 16
 
     def __post_init__(self) -> None:
+        for name in ("bits", "group_size"):
+            if type(value := getattr(self, name)) is not int:
+                raise UserError(f"{name}={value!r} is not a whole number.")
         if not MIN_BITS <= self.bits <= MAX_BITS:
             raise UserError(f"bits={self.bits} is not supported: choose {MIN_BITS} to {MAX_BITS}.")
         if self.group_size != -1 and self.group_size < 1:

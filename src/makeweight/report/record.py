@@ -20,6 +20,8 @@ from makeweight.recipe import Recipe
 FILE = "record.json"
 BROKEN, POOR = 2.0, 1.2
 """Ratios of perplexities above which a model is called broken, or noticeably worse."""
+BROKEN_TOP, POOR_TOP = 0.4, 0.7
+"""The same for shares of next tokens that are the original's, below: perplexity may also fall by luck."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,9 +71,10 @@ class Record:
         where = f"perplexity on {worst.dataset} went from {original.perplexity:.2f} to {worst.perplexity:.2f}"
         if worst.same_top is not None:
             where += f", and the likeliest next token is the original's {100 * worst.same_top:.0f} % of the time"
-        if ratio >= BROKEN:
+        same = min((result.same_top for result, _ in pairs if result.same_top is not None), default=1.0)
+        if ratio >= BROKEN or same < BROKEN_TOP:
             return f"This model is broken: {where}. Use more bits, smaller groups or a stronger method."
-        if ratio > POOR:
+        if ratio > POOR or same < POOR_TOP:
             return f"This model is noticeably worse than the original: {where}."
         return f"This model stays close to the original: {where}."
 
