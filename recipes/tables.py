@@ -5,6 +5,7 @@ python -m recipes.tables
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 from collections.abc import Mapping, Sequence
@@ -30,18 +31,26 @@ def core(cells: Cells) -> str:
     """Return the table of the whole model."""
     rows = []
     if original := next((cell["original"] for cell in cells.values() if "original" in cell), None):
-        rows.append(["original", f"{original['wikitext2']:.2f}", f"{original['enwiki']:.2f}", "16", "", ""])
+        rows.append(["original", f"{original['wikitext2']:.2f}", f"{original['enwiki']:.2f}", "-", "-", "16", "", ""])
     for method in METHODS:
         for cell in (cell for cell in cells.values() if cell["method"] == method):
             minutes, memory = cell["solve_seconds"] / 60, cell["peak_memory_mb"] / 1000
             rows.append(
                 [
                     f"`{method}`", f"{cell['wikitext2']:.2f}", f"{cell['enwiki']:.2f}",
+                    *(_divergence([cell], name) for name in DOMAINS),
                     f"{cell['bits_per_weight']:.2f}", f"{minutes:.1f}", f"{memory:.1f}",
                 ]
             )  # fmt: skip
-    costs = ("minutes of solving", "peak GB with evaluation")
-    return table(("whole model, W3A16g64", "WikiText-2", "enwiki", "bits per quantized weight", *costs), rows)
+    names = DOMAINS.values()
+    columns = (
+        *names,
+        *(f"KL {name}" for name in names),
+        "bits per weight",
+        "minutes of solving",
+        "peak GB with evaluation",
+    )
+    return table(("whole model, W3A16g64", *columns), rows)
 
 
 def ablation(cells: Cells) -> str:
@@ -79,6 +88,7 @@ def protocol() -> str:
 
 def main() -> None:
     """Put the tables between the marks in README.md."""
+    argparse.ArgumentParser(prog="python -m recipes.tables", description=__doc__).parse_args()
     parts = []
     for name, build in (("peers", markdown), ("core", core), ("ablation", ablation), ("hosts", hosts.tables)):
         file = RESULTS / f"{name}.json"
