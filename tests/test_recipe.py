@@ -126,7 +126,7 @@ def test_json_refusals(text: str, says: str) -> None:
         ({"blocks": (3, 3)}, "3:3 is empty"),
         ({"blocks": (0.0, 3.0)}, "not a range"),
         ({"seed": -1}, "seed=-1 is too small"),
-        ({"seed": 2**63}, "is too large: give one below"),
+        ({"seed": 2**63}, "is too large: give 9223372036854775807 or less"),
         ({"trust_remote_code": "yes"}, "neither true nor false"),
     ],
 )

@@ -145,9 +145,7 @@ class Recipe:
                 )
         if self.blocks is not None:
             object.__setattr__(self, "blocks", _range(self.blocks))
-        _whole("seed", self.seed, least=0)
-        if self.seed >= 2**63:
-            raise UserError(f"seed={self.seed} is too large: give one below 2**63.")
+        _whole("seed", self.seed, least=0, most=2**63 - 1)
         if not isinstance(self.formats, tuple | list):
             raise UserError(f"formats={self.formats!r} is not a list: give the names in brackets.")
         for name in self.formats:
@@ -257,13 +255,13 @@ def _mapping(name: str, value: object) -> dict[str, Any]:
     return dict(sorted(value.items()))
 
 
-def _whole(name: str, value: object, *, least: int) -> None:
+def _whole(name: str, value: object, *, least: int, most: int = MOST) -> None:
     if type(value) is not int:
         raise UserError(f"{name}={value!r} is not a whole number.")
     if value < least:
         raise UserError(f"{name}={value} is too small: give {least} or more.")
-    if value > MOST:
-        raise UserError(f"{name}={value} is too large: give {MOST} or less.")
+    if value > most:
+        raise UserError(f"{name}={value} is too large: give {most} or less.")
 
 
 def _rate(name: str, value: object) -> float:

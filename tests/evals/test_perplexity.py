@@ -59,6 +59,7 @@ class FakeCheckpoint:
 
     name = "fake"
     activations = 16
+    rows = VOCABULARY
 
     def __init__(self, model: Any) -> None:
         self.model, self.config, self.dtype = model, model.config, model.dtype

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 from makeweight.errors import UserError
 from makeweight.export import manifest
 from makeweight.export.base import deviation
+from makeweight.export.folder import Folder
 from makeweight.export.gguf import Gguf
 from makeweight.export.gguf_blocks import BLOCKS
 from makeweight.export.gguf_file import decode, stored_tensors
@@ -135,6 +136,9 @@ def test_damage_is_found_and_named(tmp_path: Path) -> None:
 def test_a_model_without_a_tokenizer_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     solved = solved_model("llama", "W4A16g32_sym", tmp_path)
     (solved / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"tokenizer\.json is missing"):
+        export_model(solved, ["gguf"], out=tmp_path / "out")
+    Folder(solved, 0).seal()  # as where the original has none
     with pytest.raises(UserError, match=r"no tokenizer\.json"):
         export_model(solved, ["gguf"], out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
