@@ -169,7 +169,7 @@ class Run:
     def known(self) -> Record | None:
         """Return the record of a finished folder, None where it is missing, unreadable or of other texts.
 
-        Raises UserError where weights have changed on the disk since.
+        Raises UserError where weights have changed on the disk since, or another file is lost.
         """
         job, folder = self.job, self.folder
         if not folder.sealed:

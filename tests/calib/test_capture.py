@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from makeweight.calib.capture import (
+    _cast,  # pyright: ignore[reportPrivateUsage]
     _same,  # pyright: ignore[reportPrivateUsage]
     blocks_of,
     capture,
@@ -218,3 +219,12 @@ def test_masks_are_repeated_for_a_batch() -> None:
     whole = for_batch(kwargs, 3)
     assert whole["attention_mask"].shape == (3, 1, 4, 4) and whole["position_ids"] is kwargs["position_ids"]
     assert for_batch({"attention_mask": None}, 3) == {"attention_mask": None}
+
+
+def test_masks_and_tables_are_cast_without_loss_or_overflow() -> None:
+    exact = torch.tensor([1 / 3, -2.0], dtype=torch.float64)
+    assert torch.equal(_cast(exact, torch.float64), exact)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        for other in (torch.float16, torch.bfloat16, torch.float32):
+            hidden = torch.tensor([0.0, torch.finfo(dtype).min]).to(dtype)
+            assert torch.isfinite(_cast(hidden, other)).all()

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from makeweight.errors import UserError
 
 Answer = Callable[[Tensor, dict[str, Any]], Tensor]
-_OF_BLOCKS_DTYPE = ("position_embeddings", "attention_mask")
 PROBE = 8
 """Tokens that show what a model gives its blocks."""
 _CACHES = ("past_key_values", "past_key_value", "layer_past")
+_OF_BLOCKS_DTYPE = ("position_embeddings", "attention_mask")
 
 
 class _StopForward(Exception):
@@ -158,13 +158,11 @@ def find_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.empty(0, device=name).device
-        if device.type != "meta":  # which holds no numbers
-            return device
-        raise RuntimeError
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(
-            f"device {name!r} cannot be used here: give auto, cpu, or a device that torch finds."
-        ) from error
+    except (RuntimeError, AssertionError):
+        device = None
+    if device is None or device.type == "meta":  # which holds no numbers
+        raise UserError(f"device {name!r} cannot be used here: give auto, cpu, or a device that torch finds.")
+    return device
 
 
 class _StandIn(nn.Module):
@@ -255,16 +253,21 @@ def _clean(name: str, value: Any, dtype: torch.dtype, cleaned: dict[int, tuple[T
         return False
     if isinstance(value, Tensor):
         if id(value) not in cleaned:
-            narrow = name in _OF_BLOCKS_DTYPE and value.is_floating_point()
-            kept = value.detach().float().clamp(min=torch.finfo(dtype).min).to(dtype) if narrow else value.detach()
+            cast = name in _OF_BLOCKS_DTYPE and value.is_floating_point()
             # The original is kept beside the copy so that its id cannot be reused during the pass.
-            cleaned[id(value)] = (value, kept)
+            cleaned[id(value)] = (value, _cast(value.detach(), dtype) if cast else value.detach())
         return cleaned[id(value)][1]
     if type(value) in (tuple, list):
         return type(value)(_clean(name, item, dtype, cleaned) for item in value)
     if type(value) is dict:
         return {key: _clean(name, item, dtype, cleaned) for key, item in value.items()}
     return value
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cast a tensor; what hides a token stays the least number, of either dtype, and does not become infinite."""
+    wide = torch.promote_types(tensor.dtype, torch.promote_types(dtype, torch.float32))
+    return tensor.to(wide).clamp(min=torch.finfo(dtype).min).to(dtype)
 
 
 def _same(ours: Any, others: Any) -> bool:

@@ -69,9 +69,10 @@ class Record:
         worst, original = max(pairs, key=_ratio)
         ratio = _ratio((worst, original))
         where = f"perplexity on {worst.dataset} went from {original.perplexity:.2f} to {worst.perplexity:.2f}"
-        if worst.same_top is not None:
-            where += f", and the likeliest next token is the original's {100 * worst.same_top:.0f} % of the time"
-        same = min((result.same_top for result, _ in pairs if result.same_top is not None), default=1.0)
+        tops = [result.same_top for result, _ in pairs if result.same_top is not None]
+        same = min(tops, default=1.0)
+        if tops:
+            where += f", and the likeliest next token is the original's {100 * same:.0f} % of the time"
         if ratio >= BROKEN or same < BROKEN_TOP:
             return f"This model is broken: {where}. Use more bits, smaller groups or a stronger method."
         if ratio > POOR or same < POOR_TOP:
