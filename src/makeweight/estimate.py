@@ -225,8 +225,9 @@ def _finetune_work(
     blocks = sum(block_flops(found, config.hidden_size, step.batch_size, calib.seqlen) for found in shapes.values())
     grid = 6 * GRID_TOKENS * sum(math.prod(shape) for found in shapes.values() for shape in found)
     head = 2 * tokens * config.hidden_size * config.vocab_size
-    checked = (finetune.CHECKS + 1) * max(1, calib.samples // finetune.HELD_OUT)
-    passes = calib.samples / step.batch_size * blocks / 3 + checked / step.batch_size * (blocks / 3 + 2 * head)
+    held = max(1, calib.samples // finetune.HELD_OUT)
+    used, checked = min(calib.samples, held + step.steps * step.batch_size), (finetune.CHECKS + 1) * held
+    passes = used / step.batch_size * blocks / 3 + checked / step.batch_size * (blocks / 3 + 2 * head)
     return step.steps * ((4 / 3 if step.recompute else 1) * (blocks + grid) + 3 * head) + passes
 
 
@@ -290,6 +291,6 @@ def _block_work(plan: Plan, recipe: Recipe, ckpt: Checkpoint, shapes: Sequence[t
     if not plan.learns:
         return passes
     steps = tune.steps + (PROBES if plan.grid.by_flips else 0)
-    checked = (tune.checks + 2) * max(1, calib.samples // fit.HELD_OUT)
+    checked = (tune.checks + 2) * fit.held_out(calib.samples)
     passes += (1 + ahead) * block_flops(shapes, hidden, checked, calib.seqlen) / 3
     return passes + steps * step_flops(shapes, hidden, tune.batch_size, calib.seqlen, ahead=ahead, band=plan.band)

@@ -64,7 +64,7 @@ class Tune:
     `rates` overrides the learning rates of methods by name, as in {"sde": 3e-3}.
     """
 
-    steps: int = 240
+    steps: int = 160
     batch_size: int = 2
     checks: int = 5
     dtype: Literal["bfloat16", "float32"] = "bfloat16"

@@ -233,6 +233,18 @@ def test_seconds_before_a_kill_count(llama: Path, text: Path, tmp_path: Path) ->
     assert tuner.at.seconds > 1000
 
 
+@pytest.mark.parametrize(("samples", "steps"), [(40, 5), (40, 50), (1, 3), (2, 3)])
+def test_only_samples_that_are_used_go_through_the_network(samples: int, steps: int) -> None:
+    used, held, queue = finetune._drawn(samples, E2e(steps=steps, batch_size=2), 0)
+    learned = used[queue]
+    assert len(queue) == 2 * steps
+    assert sorted({*used[held].tolist(), *learned.tolist()}) == used.tolist()
+    if samples > 1:
+        assert not {*used[held].tolist()} & {*learned.tolist()}
+        epoch = samples - len(held)
+        assert all(len(set(part.tolist())) == len(part) for part in learned.split(epoch)), "one epoch, each once"
+
+
 def test_norms_of_a_wide_checkpoint_are_copied() -> None:
     """The typical size of a norm, which the rate follows, is that of the original whatever was learned since."""
     rest = {"input_layernorm.weight": torch.ones(4)}

@@ -253,7 +253,7 @@ class FinetuneStep(Step):
     stage: ClassVar[Stage] = Stage.FINETUNE
     learns: ClassVar[bool] = False
     reads_inputs: ClassVar[bool] = True
-    steps: int = 200
+    steps: int = 120
     batch_size: int = 1
     recompute: bool = True
 

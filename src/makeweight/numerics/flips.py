@@ -34,26 +34,28 @@ class Flips(NamedTuple):
 
 def flip_slopes(
     grad_OGS: Tensor,
-    weight_OGS: Tensor,
+    scaled_OGS: Tensor,
+    centred_OGS: Tensor,
+    inside_OGS: Tensor,
     scale_OG: Tensor,
     offset_OGS: Tensor | None,
-    slope_OGS: Tensor,
-    inside_OGS: Tensor,
     flips: Flips,
 ) -> tuple[Tensor, Tensor]:
     """Turn the slope along rounded weights into that along scales (O, G) and along weights by flips (O, G, S).
 
-    `slope_OGS` and `inside_OGS` are what `scale_slope` gives: within the range, what rounding adds to w / scale, offset
-    included. The slope along an offset, in steps, is that along its weight times the scale.
+    `scaled_OGS` is w / scale, `centred_OGS` the code less the zero-point, `inside_OGS` 1 where the code was not
+    clipped and else 0. The slope along an offset, in steps, is that along its weight times the scale. Overwrites
+    `grad_OGS`.
     """
     column_O1, row_I = flips.curvature
-    groups, size = weight_OGS.shape[1:]
-    bend_OGS = column_O1.unsqueeze(-1) * row_I.view(1, groups, size)
-    scale_OG1 = scale_OG.unsqueeze(-1)
-    own_OGS = -slope_OGS if offset_OGS is None else offset_OGS - slope_OGS
-    own_OGS.mul_(inside_OGS).mul_(bend_OGS).mul_(flips.own + flips.damp)
-    if flips.damp:
-        error_OGS = (slope_OGS * scale_OG1).addcmul_(inside_OGS - 1, weight_OGS)
-        grad_OGS = torch.addcmul(grad_OGS, error_OGS, bend_OGS, value=flips.damp)
-    grad_scale_OG = (slope_OGS * grad_OGS).addcmul_(own_OGS, weight_OGS, value=-1).sum(-1)
-    return grad_scale_OG, (grad_OGS * inside_OGS).addcmul_(own_OGS, scale_OG1)
+    groups, size = grad_OGS.shape[1:]
+    taken = flips.own + flips.damp
+    damp = flips.damp / taken if taken else 0.0
+    error_OGS = centred_OGS - scaled_OGS  # what rounding adds, in steps, offset included
+    bend_OGS = (column_O1 * scale_OG).mul_(taken).unsqueeze(-1) * row_I.view(1, groups, size)
+    flip_OGS = error_OGS * (damp - 1) if offset_OGS is None else torch.add(offset_OGS, error_OGS, alpha=damp - 1)
+    flip_OGS.mul_(bend_OGS).add_(grad_OGS).mul_(inside_OGS)
+    if damp:
+        grad_OGS.addcmul_(error_OGS, bend_OGS, value=damp)
+    # A scale stretches the code; what it moves w / scale by counts as a flip.
+    return grad_OGS.mul_(centred_OGS).addcmul_(scaled_OGS, flip_OGS, value=-1).sum(-1), flip_OGS

@@ -62,18 +62,15 @@ def to_codes(
     weight_OGS: Tensor, scale_OG: Tensor, zero_OG: Tensor, scheme: Scheme, offset_OGS: Tensor | None = None
 ) -> Tensor:
     """Round weights, moved by an offset in steps where there is one, to signed codes in the weights' float dtype."""
-    codes_OGS = _unrounded(weight_OGS / scale_OG.unsqueeze(-1), zero_OG, offset_OGS)
+    codes_OGS = (weight_OGS / scale_OG.unsqueeze(-1)).add_(zero_OG.unsqueeze(-1))
+    if offset_OGS is not None:
+        codes_OGS.add_(offset_OGS)
     return codes_OGS.round_().clamp_(scheme.qmin, scheme.qmax)
-
-
-def _unrounded(scaled_OGS: Tensor, zero_OG: Tensor, offset_OGS: Tensor | None) -> Tensor:
-    codes_OGS = torch.add(scaled_OGS, zero_OG.unsqueeze(-1))
-    return codes_OGS if offset_OGS is None else codes_OGS.add_(offset_OGS)
 
 
 def from_codes(codes_OGS: Tensor, scale_OG: Tensor, zero_OG: Tensor) -> Tensor:
     """Return the weights that codes stand for: (code - zero) * scale, shape (O, G, S)."""
-    return (codes_OGS - zero_OG.unsqueeze(-1)) * scale_OG.unsqueeze(-1)
+    return (codes_OGS - zero_OG.unsqueeze(-1)).mul_(scale_OG.unsqueeze(-1))
 
 
 def round_tokens(hidden: Tensor, bits: int) -> Tensor:
@@ -125,12 +122,12 @@ class _Clipping:
         weight_OGS = grouped(weight_OI, self.group)
         grad_OGS = grouped(grad_OI.to(weight_OI.dtype, copy=True), self.group)
         offset_OGS = _like(offset_OI, weight_OGS)
-        slope_OGS, inside_OGS = scale_slope(weight_OGS, scale_OG, zero_OG, self.scheme, offset_OGS)
+        rounded = _rounding(weight_OGS, scale_OG, zero_OG, self.scheme, offset_OGS)
         if self.flips is not None and column_O1 is not None:
             flips = self.flips._replace(curvature=(column_O1, self.flips.curvature[1]))
-            known = (scale_OG, offset_OGS, slope_OGS, inside_OGS)
-            grad_scale_OG, grad_OGS = flip_slopes(grad_OGS, weight_OGS, *known, flips)
+            grad_scale_OG, grad_OGS = flip_slopes(grad_OGS, *rounded, scale_OG, offset_OGS, flips)
         else:
+            slope_OGS, inside_OGS = _scale_slope(*rounded)
             grad_scale_OG = slope_OGS.mul_(grad_OGS).sum(-1)
             if wanted[0] or wanted[3]:
                 grad_OGS.mul_(inside_OGS)
@@ -185,18 +182,29 @@ def _like(offset_OI: Tensor | None, weight_OGS: Tensor) -> Tensor | None:
     return None if offset_OI is None else offset_OI.view_as(weight_OGS)
 
 
-def scale_slope(
+def scale_slope(weight_OGS: Tensor, scale_OG: Tensor, zero_OG: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """Return d w_hat / d scale (the rounding residual inside the range, its end outside) and 1 inside, 0 outside."""
+    return _scale_slope(*_rounding(weight_OGS, scale_OG, zero_OG, scheme, None))
+
+
+def _rounding(
     weight_OGS: Tensor, scale_OG: Tensor, zero_OG: Tensor, scheme: Scheme, offset_OGS: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Return d w_hat / d scale (the rounding residual inside the range, its end outside) and 1 inside, 0 outside.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return w / scale, the code less the zero-point, and 1 where the code was not clipped and else 0.
 
     Masks are floats, written as such: passes over booleans are several times slower on a CPU.
     """
     scaled_OGS = weight_OGS / scale_OG.unsqueeze(-1)
-    rounded_OGS = _unrounded(scaled_OGS, zero_OG, offset_OGS).round_()
-    codes_OGS = rounded_OGS.clamp(scheme.qmin, scheme.qmax)
+    rounded_OGS = torch.add(scaled_OGS, zero_OG.unsqueeze(-1))
+    if offset_OGS is not None:
+        rounded_OGS.add_(offset_OGS)
+    codes_OGS = rounded_OGS.round_().clamp(scheme.qmin, scheme.qmax)
     inside_OGS = rounded_OGS.eq_(codes_OGS)
-    return codes_OGS.sub_(zero_OG.unsqueeze(-1)).addcmul_(scaled_OGS, inside_OGS, value=-1), inside_OGS
+    return scaled_OGS, codes_OGS.sub_(zero_OG.unsqueeze(-1)), inside_OGS
+
+
+def _scale_slope(scaled_OGS: Tensor, centred_OGS: Tensor, inside_OGS: Tensor) -> tuple[Tensor, Tensor]:
+    return centred_OGS.addcmul_(scaled_OGS, inside_OGS, value=-1), inside_OGS
 
 
 def _range_slopes(low_OG: Tensor, high_OG: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:

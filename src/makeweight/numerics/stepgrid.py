@@ -52,7 +52,7 @@ class _SteppedGrid(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         def work(weight_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor, grad_OI: Tensor) -> Rows:
             grad_OGS = _view(grad_OI.to(weight_OI.dtype), scale_OG)
-            slope_OGS, inside_OGS = scale_slope(_view(weight_OI, scale_OG), scale_OG, zero_OG, ctx.scheme, None)
+            slope_OGS, inside_OGS = scale_slope(_view(weight_OI, scale_OG), scale_OG, zero_OG, ctx.scheme)
             grad_weight = grad_scale = grad_zero = None
             if ctx.needs_input_grad[1]:
                 grad_scale = slope_OGS.mul_(grad_OGS).sum(-1)
@@ -81,7 +81,7 @@ class _MovedCodes(torch.autograd.Function):
         dtype: torch.dtype,
     ) -> Tensor:
         def work(codes_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor) -> Rows:
-            return (from_codes(_view(codes_OI, scale_OG), scale_OG, zero_OG).flatten(1).to(dtype),)
+            return (from_codes(_view(codes_OI.to(scale_OG.dtype), scale_OG), scale_OG, zero_OG).flatten(1).to(dtype),)
 
         if offset_OI is not None:
             codes_OI = moved_codes(codes_OI, offset_OI, scheme)
@@ -92,7 +92,8 @@ class _MovedCodes(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         def work(codes_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor, grad_OI: Tensor) -> Rows:
             grad_OGS = _view(grad_OI.to(scale_OG.dtype), scale_OG)
-            grad_scale = (_view(codes_OI, scale_OG) - zero_OG.unsqueeze(-1)).mul_(grad_OGS).sum(-1)
+            centred_OGS = _view(codes_OI.to(scale_OG.dtype), scale_OG).sub_(zero_OG.unsqueeze(-1))
+            grad_scale = centred_OGS.mul_(grad_OGS).sum(-1)
             grad_offset = (grad_OGS * scale_OG.unsqueeze(-1)).flatten(1) if ctx.needs_input_grad[0] else None
             return grad_offset, grad_scale
 

@@ -36,6 +36,8 @@ CHECKS = 5
 HELD_OUT = 16
 """One sample in so many is not learned from and judges what was learned."""
 MAX_HALVINGS = 3
+AT_ONCE = 4
+"""Steps' samples that go through the network together where nothing is learned from them."""
 
 Solved = Mapping[int, tuple[dict[str, QTensor], Params]]
 """Codes and other parameters of the quantized blocks."""
@@ -71,9 +73,10 @@ class Finetune:
     ) -> None:
         began = time.perf_counter()
         self.ckpt, self.step, self.solved, self.device = ckpt, step, solved, device
+        used, self.held_out, self.queue = _drawn(len(tokens_NT), step, seed)
         self.skeleton = speed_up(ckpt.skeleton()).requires_grad_(False)
         place(self.skeleton, device, context.dtype)
-        captured = capture(self.skeleton, ckpt.spec.blocks, tokens_NT, dtype=context.dtype)
+        captured = capture(self.skeleton, ckpt.spec.blocks, tokens_NT[used], dtype=context.dtype)
         self.first_NTD = self.last_NTD = captured.hidden_NTD
         self.blocks: list[Block] = []
         self.parts = nn.ModuleDict()
@@ -81,7 +84,7 @@ class Finetune:
             module = ckpt.load_block(self.skeleton, index).requires_grad_(False)
             place(module, device, context.dtype)
             block = Block(index, module, ckpt.linears(), kwargs)
-            self.last_NTD = advance(block, self.last_NTD, batch_size=step.batch_size, device=device)
+            self.last_NTD = advance(block, self.last_NTD, batch_size=AT_ONCE * step.batch_size, device=device)
             if index in solved:
                 codes, rest = solved[index]
                 codes = {name: tensor.to(device) for name, tensor in codes.items()}
@@ -90,12 +93,6 @@ class Finetune:
                 block.drop(codes)
             self.blocks.append(block)
             release_freed_memory()
-        generator = torch.Generator().manual_seed(seed)
-        order = torch.randperm(len(tokens_NT), generator=generator)
-        held = max(1, len(order) // HELD_OUT)
-        self.held_out, train = order[:held], order[held:] if len(order) > 1 else order
-        epochs = -(-step.steps * step.batch_size // len(train))
-        self.queue = torch.cat([train[torch.randperm(len(train), generator=generator)] for _ in range(epochs)])
         self.descent = Descent(self.learnables(), step.steps)
         self.at, self.best = Progress(seconds=time.perf_counter() - began), self._values()
 
@@ -184,7 +181,7 @@ class Finetune:
 
     @torch.no_grad()
     def _check(self) -> float:
-        parts = self.held_out.split(self.step.batch_size)
+        parts = self.held_out.split(AT_ONCE * self.step.batch_size)
         return sum(self._loss(part).item() * len(part) for part in parts) / len(self.held_out)
 
     def _loss(self, index: Tensor) -> Tensor:
@@ -229,6 +226,17 @@ class Finetune:
             )
         self._take(self.best)
         self.descent = Descent(self.learnables(), self.step.steps)
+
+
+def _drawn(samples: int, step: FinetuneStep, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the samples that are used at all, and among these those held out, and those learned from in order."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(samples, generator=generator)
+    held = max(1, samples // HELD_OUT)
+    train, drawn = order[held:] if samples > 1 else order, step.steps * step.batch_size
+    epochs = [train[torch.randperm(len(train), generator=generator)] for _ in range(-(-drawn // len(train)))]
+    used, places = torch.cat([order[:held], *epochs])[: held + drawn].unique(return_inverse=True)
+    return used, places[:held], places[held:]
 
 
 class _InParts(torch.autograd.Function):

@@ -22,6 +22,8 @@ from makeweight.sweep.judge import Judge
 MAX_HALVINGS = 3
 HELD_OUT = 8
 """One sample in so many is not learned from and judges what was learned."""
+MOST_HELD_OUT = 32
+"""No more than that: states of one run are told apart by fewer, and each is judged several times."""
 AVERAGED = 0.25
 """The share of the steps, at the end, whose mean state is tried as well: small batches make states wander about it."""
 
@@ -36,6 +38,11 @@ class FitReport:
     halvings: int
     averaged: bool = False
     """Whether what was kept is the mean of the last states."""
+
+
+def held_out(samples: int) -> int:
+    """Return how many samples judge what is learned from the others; 0 where there is but one."""
+    return min(max(1, samples // HELD_OUT), MOST_HELD_OUT) if samples > 1 else 0
 
 
 class Fit:
@@ -60,7 +67,7 @@ class Fit:
         self.seed = (seed * 1_000_003 + judge.blocks[0].index) % 2**63
         self.generator = torch.Generator().manual_seed(self.seed)
         samples = hidden_NTD.shape[0]
-        held = max(1, samples // HELD_OUT) if samples > 1 else 0
+        held = held_out(samples)
         order = torch.randperm(samples, generator=self.generator)
         self.held_out, self.train = (order[:held], order[held:]) if held else (order, order)
         self.queue: list[int] = []
