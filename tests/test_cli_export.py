@@ -49,6 +49,7 @@ def test_push_to_hub(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     model, text = tiny_folder("llama", tmp_path / "model"), a_text(tmp_path / "words.txt")
     quantize(small(model, tmp_path / "out", text, method="rtn"))
     pushed: list[tuple[str, str]] = []
+    replaced: list[list[str] | None] = []
 
     class Hub:
         def create_repo(self, name: str, exist_ok: bool) -> str:
@@ -56,13 +57,17 @@ def test_push_to_hub(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
                 raise OSError("401 Unauthorized: log in first.\nlong details")
             return f"https://hub/{name}"
 
-        def upload_folder(self, repo_id: str, folder_path: Path, commit_message: str) -> None:
+        def upload_folder(
+            self, repo_id: str, folder_path: Path, commit_message: str, delete_patterns: list[str] | None
+        ) -> None:
+            replaced.append(delete_patterns)
             pushed.append((repo_id, folder_path.name))
 
     monkeypatch.setattr("huggingface_hub.HfApi", Hub)
     line = ["export", str(tmp_path / "out"), "--format", "dense,compressed-tensors", "--push-to-hub"]
     assert main([*line, "me/tiny"]) == 0
     assert pushed == [("me/tiny-dense", "out-dense"), ("me/tiny-compressed-tensors", "out-compressed-tensors")]
+    assert replaced == [["*.safetensors", "*.safetensors.index.json"]] * 2, "weights of an earlier upload go"
     assert "https://hub/me/tiny-dense" in capsys.readouterr().out
     assert main([*line, "nobody/tiny"]) == 2
     says = capsys.readouterr().err

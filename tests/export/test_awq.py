@@ -116,3 +116,6 @@ def test_what_was_left_alone_is_named(tmp_path: Path) -> None:
     left = ("model.layers.1.mlp.up_proj", "lm_head")
     vars(solved).update(ignore=left, names=tuple(name for name in solved.names if name not in left))
     assert Awq().quantization_config(solved)["modules_to_not_convert"] == ["model.layers.1.mlp.up_proj"]
+    left = ("model.layers.1.fc1", "model.layers.1.fc2")  # of OPT: runtimes would find layers.1 in layers.10 as well
+    vars(solved).update(ignore=left, names=("model.layers.10.fc1", "model.layers.10.fc2"))
+    assert Awq().quantization_config(solved)["modules_to_not_convert"] == list(left)

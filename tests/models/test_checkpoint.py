@@ -184,4 +184,4 @@ def test_tied_weights_may_be_stored_under_either_name(tmp_path: Path) -> None:
     first, second = (dict(ckpt.skeleton().named_parameters(remove_duplicate=False)) for ckpt in (ours, theirs))
     assert torch.equal(first["model.embed_tokens.weight"], second["model.embed_tokens.weight"])
     assert first["model.embed_tokens.weight"] is first["lm_head.weight"]
-    assert dict(ours.rest())["lm_head.weight"] is not None and len(dict(ours.rest())) == len(dict(theirs.rest()))
+    assert dict(ours.rest()).keys() == dict(theirs.rest()).keys(), "runtimes look for an embedding, not for its head"

@@ -6,6 +6,7 @@ loads it, comes last. A marker that names another run keeps the folder safe from
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from makeweight.errors import UserError
 from makeweight.export import manifest
+from makeweight.models.shards import first_line
 from makeweight.paths import expanded
 
 MARKER = "makeweight.json"
@@ -132,11 +134,11 @@ class Folder:
         `verify` gets the tensors as they are read back, before the file has its name, and raises where they are wrong.
         The report lies beside the shard and not in it: it holds times, and equal runs write equal shards.
         """
-        from safetensors.torch import load_file, save_file
+        from safetensors.torch import load_file
 
         self._write_json(REPORTS, {**self._reports(), str(index): report})
         part = self.shard(index).with_suffix(".part")
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, part, {"format": "pt"})
+        save_tensors(tensors, part, {"format": "pt"})
         if verify is not None:
             verify(load_file(part))
         _settle(part, self.shard(index))
@@ -187,10 +189,8 @@ class Folder:
 
     def set_aside(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Keep tensors under a name until tuning is finished; the file appears whole or not at all."""
-        from safetensors.torch import save_file
-
         part = self.path / f"{name}.part"
-        save_file({key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, part)
+        save_tensors(tensors, part)
         _settle(part, self.path / name)
 
     def finish_tuning(self, report: Mapping[str, float]) -> None:
@@ -231,6 +231,17 @@ class Folder:
 
     def _write_json(self, name: str, value: Mapping[str, Any]) -> None:
         self.write_text(name, json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def save_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file; raises OSError, which safetensors' own error is not, where the disk takes no more."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, file, metadata)
+    except SafetensorError as error:
+        raise OSError(errno.EIO, first_line(error), str(file)) from error
 
 
 def copy_files(files: Iterable[Path], root: Path, folder: Path) -> None:

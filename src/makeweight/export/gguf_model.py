@@ -6,6 +6,7 @@ Sources: ggml `docs/gguf.md` (keys); Su et al., RoFormer, section 3.4.2 (pairs o
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -46,7 +47,7 @@ class Model:
         from transformers import AutoConfig
 
         self.family = FAMILIES[architecture]
-        values = {key: value for key, value in config.items() if key != "model_type"}
+        values = {key: copy.deepcopy(value) for key, value in config.items() if key != "model_type"}
         self.config: Any = AutoConfig.for_model(config["model_type"], **values)
 
     @property

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor
 
 from makeweight.export.base import Format
-from makeweight.export.folder import copy_files
+from makeweight.export.folder import copy_files, save_tensors
 from makeweight.models.shards import INDEX, Shards
 from makeweight.numerics.qtensor import QTensor
 
@@ -82,7 +82,7 @@ class ShardWriter:
 
     def add(self, tensors: Mapping[str, Tensor]) -> None:
         """Take a block's tensors, and write a shard when enough have come."""
-        self.waiting |= {name: tensor.contiguous() for name, tensor in tensors.items()}
+        self.waiting |= tensors
         if sum(tensor.nbytes for tensor in self.waiting.values()) >= self.limit:
             self._flush()
 
@@ -100,9 +100,7 @@ class ShardWriter:
             write_json(self.folder / INDEX, {"metadata": {"total_size": self.total}, "weight_map": weight_map})
 
     def _flush(self) -> None:
-        from safetensors.torch import save_file
-
-        save_file(self.waiting, self._part(len(self.written)), {"format": "pt"})
+        save_tensors(self.waiting, self._part(len(self.written)), {"format": "pt"})
         self._part(len(self.written)).chmod(0o644)  # safetensors makes its files private
         self.total += sum(tensor.nbytes for tensor in self.waiting.values())
         self.written.append(list(self.waiting))
@@ -116,11 +114,13 @@ def left_alone(solved: Solved) -> list[str]:
     """Return the modules whose linears were not quantized, without `lm_head`, which no format here packs.
 
     Where none of a parent's linears was, the parent stands for them: runtimes fuse some of them under another name.
+    A block, known by its number, does not: runtimes look for what they read anywhere in a name, and 1 is in 10.
     """
     found: dict[str, None] = {}
     for name in solved.ignore:
         parent = name.rpartition(".")[0]
-        mixed = not parent or any(_inside(other, parent) for other in solved.names)
+        numbered = parent.rpartition(".")[2].isdigit()
+        mixed = not parent or numbered or any(_inside(other, parent) for other in solved.names)
         if name != "lm_head":
             found[name if mixed else parent] = None
     return list(found)

@@ -36,11 +36,11 @@ def build(folder: Path) -> str:
     return _text({"files": files, "tensors": _tensors(folder)})
 
 
-def check(folder: Path, *, kinds: tuple[str, ...] = ("",)) -> list[str]:
+def check(folder: Path, *, kinds: tuple[str, ...] = ("",), strangers: bool = True) -> list[str]:
     """Return one sentence for everything in which a folder differs from its manifest; empty where nothing does.
 
     kinds: the ends of the names that are looked into; of others only absence counts, but for what is `REWRITTEN`.
-    Raises UserError where there is no folder or no manifest.
+    strangers: whether a file that was not written counts. Raises UserError where there is no folder or no manifest.
     """
     if not (folder / NAME).is_file():
         raise UserError(f"{folder} has no {NAME}: give a folder that makeweight wrote, with all of its files.")
@@ -65,10 +65,18 @@ def check(folder: Path, *, kinds: tuple[str, ...] = ("",)) -> list[str]:
             problems.append(f"{name} has {size} bytes instead of {entry['bytes']}.")
         elif _file_hash(folder / name) != entry["sha256"]:
             problems += _damaged(folder, name, found["tensors"])
-    problems += [
-        f"{name} is not part of what was written." for name in sorted(present - files.keys()) if name.endswith(kinds)
-    ]
-    return problems
+    others = sorted(present - files.keys()) if strangers else []
+    return problems + [f"{name} is not part of what was written." for name in others if name.endswith(kinds)]
+
+
+def strangers(folder: Path) -> list[str]:
+    """Return the files of a folder that its manifest does not name, hidden ones too; none where it has no manifest."""
+    try:
+        known = {NAME, *json.loads((folder / NAME).read_bytes())["files"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    found = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return sorted(set(found) - known)
 
 
 def _damaged(folder: Path, name: str, tensors: dict[str, Any]) -> list[str]:

@@ -9,6 +9,7 @@ Source: microsoft/onnxruntime, docs/ContribOperators.md, com.microsoft.MatMulNBi
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -221,7 +222,7 @@ class Onnx(Format):
 def _config(raw: Any) -> PretrainedConfig:
     from transformers import AutoConfig
 
-    return AutoConfig.for_model(**raw)
+    return AutoConfig.for_model(**copy.deepcopy(raw))  # transformers fills in what lies inside
 
 
 def genai_config(config: PretrainedConfig, folder: Path) -> dict[str, Any]:

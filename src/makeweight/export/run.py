@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 from makeweight.errors import UserError, did_you_mean
 from makeweight.export import manifest
@@ -78,7 +79,14 @@ def export_model(path: str | Path, formats: Sequence[str], *, out: str | Path | 
 def write_formats(solved: Solved, formats: Sequence[str], *, out: str | Path | None = None) -> list[Exported]:
     """Do what `export_model` does, for a caller that keeps other processes out of the solved folder itself."""
     targets = check(solved.path, formats, solved.facts, identity=solved.identity, out=out)
-    return [_sound(target, solved.identity) or _export(form, solved, target) for form, target in targets]
+    written = [(form, target, _sound(target, solved)) for form, target in targets]
+    for _, target, found in written:
+        if found is None and (others := manifest.strangers(target)):
+            raise UserError(
+                f"{target} is to be written anew, but holds what makeweight did not write ({others[0]}): "
+                "move that elsewhere, or give another --out."
+            )
+    return [found or _export(form, solved, target) for form, target, found in written]
 
 
 def check(
@@ -106,22 +114,24 @@ def target_of(solved: Path, form: str, out: str | Path | None) -> Path:
     return expanded(out) / form if out else whole.with_name(f"{whole.name}-{form}")
 
 
-def _earlier(target: Path, identity: str) -> Exported | None:
-    """Return what an earlier call wrote from the same run, None where it did not."""
+def _earlier(target: Path, identity: str) -> dict[str, Any] | None:
+    """Return what an earlier call noted of what it wrote from the same run, None where it did not."""
     try:
         found = json.loads((target / NOTE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    if found.pop("solved", None) != identity:
+    return found if found.get("solved") == identity else None
+
+
+def _sound(target: Path, solved: Solved) -> Exported | None:
+    """Return what an earlier call wrote, None where that is nothing, or damaged, or of a config edited since."""
+    found = _earlier(target, solved.identity)
+    if found is None or found.pop("beside", None) != solved.beside or not (target / manifest.NAME).is_file():
         return None
-    return Exported(**{**found, "path": target})
-
-
-def _sound(target: Path, identity: str) -> Exported | None:
-    """Return what an earlier call wrote, None where that is nothing or has changed on the disk since."""
-    found = _earlier(target, identity)
-    whole = found is not None and (target / manifest.NAME).is_file() and not manifest.check(target)
-    return found if whole else None
+    if manifest.check(target, strangers=False):
+        return None
+    del found["solved"]
+    return Exported(**found, path=target)
 
 
 def known(name: str) -> Format:
@@ -132,12 +142,27 @@ def known(name: str) -> Format:
 
 
 def _export(form: Format, solved: Solved, target: Path) -> Exported:
-    part = target.with_name(f"{target.name}.part")
-    shutil.rmtree(part, ignore_errors=True)  # what an interrupted run left
+    part, old = (target.with_name(f"{target.name}.{kind}") for kind in ("part", "old.part"))
+    for left in (part, old):
+        shutil.rmtree(left, ignore_errors=True)  # what an interrupted run left
     try:
         part.mkdir(parents=True)
     except OSError as error:
         raise UserError(f"{target} cannot be made a folder ({error.strerror}): give another --out.") from error
+    try:
+        done = _filled(form, solved, part, target)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)  # a disk that is full is not left full
+        raise
+    if target.exists():  # of the same run, and damaged or out of date
+        target.replace(old)
+    part.replace(target)
+    shutil.rmtree(old, ignore_errors=True)
+    return done
+
+
+def _filled(form: Format, solved: Solved, part: Path, target: Path) -> Exported:
+    """Write a format into `part`, which is to become `target`, and compare it with what was solved."""
     form.write(solved, part)
     shutil.copyfile(solved.path / "recipe.json", part / "recipe.json")
     worst = _compare(form, solved, part)
@@ -145,10 +170,8 @@ def _export(form: Format, solved: Solved, target: Path) -> Exported:
     size = sum(file.stat().st_size for file in part.rglob("*") if file.is_file())
     done = Exported(format=form.name, path=target, linears=len(solved.names), kept=kept, bytes=size, deviation=worst)
     note = {name: value for name, value in asdict(done).items() if name != "path"}
-    write_json(part / NOTE, {**note, "solved": solved.identity})
+    write_json(part / NOTE, {**note, "solved": solved.identity, "beside": solved.beside})
     (part / manifest.NAME).write_text(manifest.build(part), encoding="utf-8")
-    shutil.rmtree(target, ignore_errors=True)  # of the same run and damaged, or not there
-    part.replace(target)
     return done
 
 

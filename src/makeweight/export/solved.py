@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -65,6 +66,14 @@ class Solved:
         config = read_json(self.path / "config.json")
         config.pop("quantization_config", None)
         return config
+
+    @cached_property
+    def beside(self) -> str:
+        """A hash of what is passed on besides weights, which its owner may edit: config.json and the side files."""
+        sha = hashlib.sha256()
+        for file in (self.path / "config.json", *self.side_files()):
+            sha.update(file.relative_to(self.path).as_posix().encode() + hashlib.sha256(file.read_bytes()).digest())
+        return sha.hexdigest()
 
     @cached_property
     def ignore(self) -> tuple[str, ...]:

@@ -61,6 +61,7 @@ class Checkpoint:
         self.dtype = self._stored_dtype()
         self.config.dtype = self.dtype
         self._layout = empty_model(config, trust_remote_code=trust_remote_code)
+        self._tied: dict[str, str] = getattr(self._layout, "all_tied_weights_keys", None) or {}
         self.spec: ModelSpec = spec_for(config, self._layout)
         self.n_blocks: int = len(self.blocks(self._layout))
         if not self.n_blocks:
@@ -108,7 +109,7 @@ class Checkpoint:
             inside = f"{prefix}{renamed}".startswith(f"{self.spec.blocks}.")
             stored[known[0] if known else f"{prefix}{renamed}" if inside else renamed] = name
         # Of tied tensors a file may hold either: what safetensors keeps is the first by name, a head.
-        for name, partner in (getattr(self._layout, "all_tied_weights_keys", None) or {}).items():
+        for name, partner in self._tied.items():
             if partner not in stored and name in stored:
                 stored[partner] = stored.pop(name)
         return stored
@@ -123,11 +124,10 @@ class Checkpoint:
         return self._stored.get(name)
 
     def _check_names(self) -> None:
-        tied = set(getattr(self._layout, "all_tied_weights_keys", None) or {})
         expected = self._layout.state_dict(keep_vars=True)
         for name, tensor in expected.items():
             stored = self.stored_name(name)
-            if stored is None and name not in tied:
+            if stored is None and name not in self._tied:
                 raise UserError(
                     f"{self.path} lacks the tensor {name}: give a complete {type(self._layout).__name__} checkpoint."
                 )
@@ -261,11 +261,14 @@ class Checkpoint:
         return {name: (item.out_features, item.in_features) for name, item in modules if isinstance(item, nn.Linear)}
 
     def rest(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield every stored tensor outside the blocks under its stored name, bit for bit (packed linears decoded)."""
+        """Yield every stored tensor outside the blocks under its stored name, bit for bit (packed linears decoded).
+
+        A head that stands for the embedding too is given as the embedding, where runtimes look for it.
+        """
         blocks = f"{self.spec.blocks}."
-        yield from (
-            (stored, self._read(stored)) for name, stored in self._stored.items() if not name.startswith(blocks)
-        )
+        for name, stored in self._stored.items():
+            if not name.startswith(blocks):
+                yield name if self._tied.get(stored) == name else stored, self._read(stored)
 
     def stored_bytes(self) -> int:
         """Return the bytes of all shards."""
@@ -273,8 +276,7 @@ class Checkpoint:
 
     def parameters(self) -> dict[str, tuple[int, ...]]:
         """Return name and shape of every parameter of the model, tied ones once."""
-        tied = set(getattr(self._layout, "all_tied_weights_keys", None) or {})
-        return {name: tuple(item.shape) for name, item in self._layout.named_parameters() if name not in tied}
+        return {name: tuple(item.shape) for name, item in self._layout.named_parameters() if name not in self._tied}
 
     def side_files(self) -> list[Path]:
         """Return the folder's files that are not weights, index or config.json: the tokenizer and its kin.
