@@ -65,6 +65,8 @@ def test_jsonl_reads_text_and_chats(tmp_path: Path) -> None:
     rows = [{"text": "plain\u2028line"}, {"messages": chat}, {"text": " "}]
     source = write(tmp_path / "a.jsonl", "\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n\n")
     assert read_text(source) == ["plain\u2028line", "ask\n\nsay"]
+    half = write(tmp_path / "b.jsonl", '{"text": "cut \\ud83d"}')
+    assert read_text(half) == ["cut ?"], "no tokenizer takes half of a character"
 
 
 def test_parquet_reads_the_text_column(tmp_path: Path) -> None:

@@ -135,6 +135,20 @@ def test_quantization_that_is_described_wrongly(folder: Path) -> None:
         assert "config.json has a quantization_config that cannot be read" in refused(folder)
 
 
+def test_transforms_that_only_a_runtime_applies(folder: Path) -> None:
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    for location in ("input", "attn_q", "weight_input"):
+        apply = [{"targets": ["Linear"], "location": location}]
+        rotated = {"config_groups": {"u": {"type": "hadamard", "apply": apply}}}
+        described = {"quant_method": "compressed-tensors", "format": "pack-quantized", "transform_config": rotated}
+        file.write_text(json.dumps({**config, "quantization_config": described}))
+        if location == "weight_input":
+            assert open_checkpoint(folder).n_blocks
+        else:
+            assert "rotates what enters its linears as it runs: give the model" in refused(folder)
+
+
 def test_what_a_config_has_wrong_is_said(folder: Path) -> None:
     file = folder / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "hidden_size": "64"}))

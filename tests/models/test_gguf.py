@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 from makeweight.errors import UserError
 from makeweight.export.run import export_model
 from makeweight.models import gguf
 from makeweight.models.gguf import demo_model
-from makeweight.models.gguf_rope import LLAMA3
+from makeweight.models.gguf_rope import LLAMA3, rope_parameters
 from makeweight.models.load import open_checkpoint
 from makeweight.numerics.scheme import Scheme
 from makeweight.pipeline import quantize
@@ -31,7 +32,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def _write(file: Path, architecture: str = "llama", *, parts: int = 1, scaling: str = "", factors: str = "") -> Path:
+def _write(
+    file: Path, architecture: str = "llama", *, parts: int = 1, scaling: str = "", factors: str = "", bias: str = ""
+) -> Path:
     import numpy
     from gguf import GGUFWriter
 
@@ -40,8 +43,8 @@ def _write(file: Path, architecture: str = "llama", *, parts: int = 1, scaling: 
     writer.add_uint16("split.count", parts)
     if scaling:
         writer.add_string(f"{architecture}.rope.scaling.type", scaling)
-    if factors:
-        writer.add_tensor(factors, numpy.arange(1, 5, dtype=numpy.float32))
+    for name in filter(None, (factors, bias)):
+        writer.add_tensor(name, numpy.arange(1, 5, dtype=numpy.float32))
     writer.add_tensor("token_embd.weight", numpy.ones((8, 32), dtype=numpy.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -125,6 +128,53 @@ def test_scaled_positions_come_back(
     tokens = torch.randint(0, 256, (1, 200), generator=torch.Generator().manual_seed(1))
     ours, theirs = (our_logits(folder, tokens) for folder in (again.path, tmp_path / "out"))
     assert (ours - theirs).norm() < 0.02 * theirs.norm()
+
+
+def test_biases_come_back(text: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers' own reader leaves out those of Llama, without a word."""
+    import transformers
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: tiny_tokenizer())
+    source = tiny_folder("llama-tied", tmp_path / "source")
+    scheme = Scheme.parse("W8A16_sym")
+    quantize(small(source, tmp_path / "out", text, method="rtn", scheme=scheme, eval=Eval(datasets=(), seqlen=64)))
+    (item,) = export_model(tmp_path / "out", ["gguf"], out=tmp_path)
+    again = open_checkpoint(next(item.path.glob("*.gguf")))
+    assert again.config.attention_bias and again.config.mlp_bias
+    tokens = torch.randint(0, 256, (1, 64), generator=torch.Generator().manual_seed(1))
+    ours, theirs = (our_logits(folder, tokens) for folder in (again.path, tmp_path / "out"))
+    assert (ours - theirs).norm() < 0.02 * theirs.norm()
+
+
+def test_what_a_file_says_goes_into_the_configuration(tmp_path: Path) -> None:
+    from gguf import GGUFReader, GGUFWriter
+
+    writer = GGUFWriter(tmp_path / "model.gguf", "starcoder2")
+    writer.add_rope_freq_base(1e6)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    said = gguf._Said(rope_parameters(GGUFReader(tmp_path / "model.gguf")), ())
+    coder = AutoConfig.for_model("starcoder2")
+    assert coder.rope_parameters["rope_theta"] == 10000.0, "what transformers takes where nobody tells it"
+    gguf._complete(coder, tmp_path / "model.gguf", said)
+    assert coder.rope_parameters["rope_theta"] == 1e6
+    gemma = AutoConfig.for_model("gemma2", num_hidden_layers=46, hidden_size=4608, num_attention_heads=32)
+    gguf._complete(gemma, tmp_path / "model.gguf", gguf._Said({}, ()))
+    assert gemma.query_pre_attn_scalar == 144
+
+
+def test_biases_that_nobody_reads_are_refused(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers
+
+    model = SimpleNamespace(state_dict=lambda: {"model.norm.weight": None})
+    monkeypatch.setattr(
+        transformers.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: (model, {"missing_keys": ()})
+    )
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: None)
+    with pytest.raises(UserError, match="holds biases that transformers leaves out"):
+        open_checkpoint(_write(tmp_path / "model.gguf", bias="output.bias"))
+    assert list(cache.iterdir()) == []
 
 
 def test_missing_tensors_are_not_made_up(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -199,10 +199,10 @@ def _row_text(line: str, where: str) -> str:
         raise UserError(f"{where} is not JSON ({error.msg}): write one JSON object per line.") from error
     if isinstance(row, dict):
         text, messages = row.get("text"), row.get("messages")
+        if isinstance(messages, list) and not isinstance(text, str):
+            text = "\n\n".join(filter(None, map(_message_text, messages)))
         if isinstance(text, str):
-            return text
-        if isinstance(messages, list):
-            return "\n\n".join(filter(None, map(_message_text, messages)))
+            return text.encode(errors="replace").decode()  # JSON may hold half of a character
     found = f"the keys {', '.join(map(repr, row)) or '(none)'}" if isinstance(row, dict) else f"a {type(row).__name__}"
     raise UserError(f"{where} holds {found}: put a string under 'text', or a chat's list under 'messages'.")
 

@@ -10,17 +10,26 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from makeweight.errors import UserError
-from makeweight.models.gguf_rope import UnknownScaling, rope_scaling
+from makeweight.models.gguf_rope import UnknownScaling, rope_parameters
 from makeweight.models.shards import first_line
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
 MAGIC = b"GGUF"
+CONVERSION = 2
+"""Raised whenever a file would become another folder than before: those made before are not used again."""
+BIASES = {"attention_bias": ".attn_q.bias", "mlp_bias": ".ffn_up.bias"}
+"""What a configuration says of biases, which transformers does not look for, and how the name of one of them ends."""
+GEMMA2_27B = 46
+"""Its blocks: llama.cpp knows it by them, and scales its queries as no other Gemma 2 does."""
 DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -45,7 +54,8 @@ def cache_folder() -> Path:
 def to_folder(file: Path) -> Path:
     """Dequantize a GGUF file into an HF folder of bf16 safetensors, or return the one made before.
 
-    The folder is named after the file's sha256, written beside its place and renamed, so it is whole if it exists.
+    The folder is named after the file's sha256 and the way it is converted, written beside its place and renamed, so
+    it is whole if it exists.
     Raises `UserError` for a file that is not GGUF, is cut short, needs missing packages or an unknown architecture.
     """
     with file.open("rb") as stream:
@@ -56,14 +66,14 @@ def to_folder(file: Path) -> Path:
             raise UserError(f"{file} cannot be read without {package}: run `pip install makeweight[gguf]`.")
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    target = cache_folder() / digest[:16]
+    target = cache_folder() / f"{digest[:16]}-{CONVERSION}"
     if target.is_dir():
         return target
-    scaling = _check(file)
+    said = _check(file)
     target.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f"{target.name}.part.", dir=target.parent))
     try:
-        _convert(file, part, scaling)
+        _convert(file, part, said)
         _publish(part, target)
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -79,8 +89,16 @@ def _publish(part: Path, target: Path) -> None:
             raise
 
 
-def _check(file: Path) -> dict[str, Any]:
-    """Refuse a file that is cut short or one of several, and return how its rotary positions are scaled."""
+@dataclass(frozen=True)
+class _Said:
+    """What a file says that transformers does not read: of rotary positions, and the names of its biases."""
+
+    positions: dict[str, Any]
+    biases: tuple[str, ...]
+
+
+def _check(file: Path) -> _Said:
+    """Refuse a file that is cut short or one of several, and return what transformers will not read of it."""
     from gguf import GGUFReader
 
     broken = f"{file} is not a complete GGUF file (cut short or damaged): download it again."
@@ -101,7 +119,7 @@ def _check(file: Path) -> dict[str, Any]:
     if parts is not None and parts.contents() > 1:
         raise UserError(f"{file} is one part of a split model: merge the parts first (llama-gguf-split --merge).")
     try:
-        return rope_scaling(reader)
+        return _Said(rope_parameters(reader), tuple(item.name for item in tensors if item.name.endswith(".bias")))
     except UnknownScaling as error:
         raise UserError(
             f"{file} scales its rotary positions in a way that cannot be read from GGUF files ({error}): "
@@ -109,14 +127,18 @@ def _check(file: Path) -> dict[str, Any]:
         ) from error
 
 
-def _convert(file: Path, folder: Path, scaling: dict[str, Any]) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def _convert(file: Path, folder: Path, said: _Said) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     arguments: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
     with _quiet():
         try:
+            config = AutoConfig.from_pretrained(file.parent, **arguments)
+            for flag, ending in BIASES.items():
+                if hasattr(config, flag) and any(name.endswith(ending) for name in said.biases):
+                    setattr(config, flag, True)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                file.parent, dtype=torch.float32, output_loading_info=True, **arguments
+                file.parent, config=config, dtype=torch.bfloat16, output_loading_info=True, **arguments
             )
             tokenizer = AutoTokenizer.from_pretrained(file.parent, **arguments)
         except (ValueError, KeyError, OSError, ImportError, NotImplementedError, RuntimeError) as error:
@@ -126,14 +148,9 @@ def _convert(file: Path, folder: Path, scaling: dict[str, Any]) -> None:
         model, found = loaded
         if missing := sorted({*found["missing_keys"]} - {*(getattr(model, "all_tied_weights_keys", None) or {})}):
             raise UserError(f"{file} lacks {missing[0]}, which transformers would make up: give a complete model.")
-        if scaling:
-            positions = getattr(model.config, "rope_parameters", None) or {}
-            if "rope_theta" not in positions:
-                raise UserError(
-                    f"{file} scales the rotary positions of some layers only: give the folder it was made from."
-                )
-            model.config.rope_parameters = {**positions, **scaling}
-        nn.Module.to(model, torch.bfloat16)
+        if len(said.biases) > sum(name.endswith(".bias") for name in model.state_dict()):
+            raise UserError(f"{file} holds biases that transformers leaves out: give the folder it was made from.")
+        _complete(model.config, file, said)
         # The loader marks the model as quantized, and a marked model does not save its plain weights.
         for mark in ("hf_quantizer", "is_quantized"):
             if mark in vars(model):
@@ -143,6 +160,17 @@ def _convert(file: Path, folder: Path, scaling: dict[str, Any]) -> None:
         model.config.dtype = torch.bfloat16
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+
+
+def _complete(config: PretrainedConfig, file: Path, said: _Said) -> None:
+    """Put into a model's configuration what transformers did not read of its file."""
+    positions: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    if "rope_theta" in positions:
+        config.rope_parameters = {**positions, **said.positions}
+    elif said.positions.keys() - {"rope_theta"}:
+        raise UserError(f"{file} scales the rotary positions of some layers only: give the folder it was made from.")
+    if config.model_type == "gemma2" and config.num_hidden_layers == GEMMA2_27B:
+        config.query_pre_attn_scalar = config.hidden_size // config.num_attention_heads
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Scaled rotary positions of GGUF files, which transformers leaves out when it reads one."""
+"""Rotary positions of GGUF files: transformers leaves out how they are scaled, and of some families their base."""
 
 from __future__ import annotations
 
@@ -23,10 +23,19 @@ class UnknownScaling(Exception):
     """A scaling that no configuration of transformers is known for; its text names what says so."""
 
 
-def rope_scaling(reader: GGUFReader) -> dict[str, Any]:
-    """Return what `rope_parameters` need for a file's positions besides theta, nothing for plain ones.
+def rope_parameters(reader: GGUFReader) -> dict[str, Any]:
+    """Return what a file says of its positions, as `rope_parameters` has it: theta where it is given, and the scaling.
 
-    Llama 3's formula is not in a file, only what it gives: it is recognised by its numbers. Raises UnknownScaling.
+    Raises UnknownScaling.
+    """
+    base = _field(reader, ".rope.freq_base")
+    return {**_scaling(reader), **({} if base is None else {"rope_theta": float(base)})}
+
+
+def _scaling(reader: GGUFReader) -> dict[str, Any]:
+    """Return how positions are scaled, nothing for plain ones.
+
+    Llama 3's formula is not in a file, only what it gives: it is recognised by its numbers.
     """
     factors = {item.name: item.data for item in reader.tensors if item.name.startswith("rope_f")}
     if others := sorted(factors.keys() - {FREQS}):

@@ -17,6 +17,8 @@ from makeweight.errors import UserError
 
 PACKED = ".weight_packed"
 FORMATS = ("pack-quantized", "int-quantized")
+STORED = ("weight_input", "weight_output")
+"""Where compressed-tensors applies a transform before it stores; anywhere else its own runtime has to."""
 PARTS = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
 
 
@@ -30,10 +32,18 @@ def declared_bits(quantization: Mapping[str, Any], folder: str) -> tuple[int, ..
             f"{folder} is already quantized ({method}, format {layout}): "
             f"give an unquantized model, or one in compressed-tensors' {' or '.join(FORMATS)} format."
         )
+    if any(entry.get("location") not in STORED for entry in _transforms(quantization)):
+        raise UserError(f"{folder} rotates what enters its linears as it runs: give the model that it was made from.")
     schemes = [group.get("weights") or {} for group in groups.values()]
     if any(scheme.get("type", "int") != "int" for scheme in schemes):
         raise UserError(f"{folder} holds packed weights that are not integers: give an unquantized model.")
     return tuple(sorted({int(scheme["num_bits"]) for scheme in schemes if "num_bits" in scheme}))
+
+
+def _transforms(quantization: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Yield where transforms are applied; those of weights are in the stored weights already."""
+    groups = (quantization.get("transform_config") or {}).get("config_groups") or {}
+    yield from (entry for group in groups.values() for entry in group.get("apply") or ())
 
 
 def declared_activations(quantization: Mapping[str, Any]) -> int:
