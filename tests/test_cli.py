@@ -168,6 +168,9 @@ def test_errors_of_the_engine(
     def stop(recipe: Recipe) -> None:
         raise KeyboardInterrupt
 
+    def ask_for_too_much(recipe: Recipe) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 10 bytes.")
+
     def break_down(recipe: Recipe) -> None:
         raise ZeroDivisionError
 
@@ -179,6 +182,8 @@ def test_errors_of_the_engine(
     monkeypatch.setattr("makeweight.export.manifest.check", stop)
     assert main(["verify", "."]) == 130
     assert capsys.readouterr().err == "makeweight: stopped.\n", "nothing but a run resumes"
+    monkeypatch.setattr(sys.modules["makeweight.pipeline"], "quantize", ask_for_too_much)
+    assert "memory ran out: give the same command where more is free" in refused(capsys, "quantize", "--model", "m")
     monkeypatch.setattr(sys.modules["makeweight.pipeline"], "quantize", break_down)
     with pytest.raises(ZeroDivisionError):
         main(["quantize", "--model", "m"])
@@ -191,11 +196,12 @@ def test_evaluate(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
         same = {"perplexity": 20.4321, "windows": 12, "tokens": 24564, "seconds": 3.21}
         return [SimpleNamespace(dataset=name, **(same | more)) for name in names]
 
-    def measure(path: str, **options: Any) -> list[SimpleNamespace]:
+    def measure(path: str, *, progress: Any, **options: Any) -> list[SimpleNamespace]:
+        progress(1, 2)
         asked.append((path, options))
         return found(options["datasets"])
 
-    def both(path: str, original: str, texts: SimpleNamespace) -> tuple[list[SimpleNamespace], ...]:
+    def both(path: str, original: str, texts: SimpleNamespace, progress: Any) -> tuple[list[SimpleNamespace], ...]:
         results = found(texts.datasets, divergence=0.12345, same_top=0.876)
         return results, found(texts.datasets, perplexity=len(path + original))
 

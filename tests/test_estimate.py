@@ -176,9 +176,14 @@ def test_the_sentence(seconds: float, words: str) -> None:
     assert sentence.endswith("1.3 GB of memory and 0.10 GB on disk.")
 
 
-def test_preflight_writes_nothing(llama: Path, tmp_path: Path, text: Path) -> None:
+def test_preflight_writes_nothing(llama: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = preflight(small(llama, tmp_path / "out", text, scheme=Scheme.parse("W4A16")))
+    start = "Weights of 4 bits, one scale per channel, asymmetric. Solving 3 blocks will take "
+    assert said.startswith(start) and "GB of memory" in said and "This machine" not in said
+    monkeypatch.setattr("makeweight.job.machine_memory", lambda: 10**8)
     said = preflight(small(llama, tmp_path / "out", text))
-    assert said.startswith("Solving 3 blocks will take ") and "GB of memory" in said
+    assert said.endswith("This machine has only 0.1 GB of memory: fewer or shorter samples (--nsamples, --seqlen) "
+                         "take less.")  # fmt: skip
     assert not (tmp_path / "out").exists()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from makeweight.errors import UserError
-from makeweight.options import parse_option, parse_rate
+from makeweight.options import evaluated, parse_option, parse_rate
 
 
 def test_parse_option() -> None:
@@ -24,3 +24,11 @@ def test_parse_rate() -> None:
     for wrong in ("sde", "=1", "sde=fast", "sde=nan"):
         with pytest.raises(UserError, match="sde=3e-3"):
             parse_rate(wrong)
+
+
+def test_evaluation_can_be_left_out() -> None:
+    assert evaluated(None, no_eval=True) == ()
+    assert evaluated(None, no_eval=False) is None
+    assert evaluated(["a"], no_eval=False) == ("a",)
+    with pytest.raises(UserError, match="--no-eval and --eval-dataset say opposite things"):
+        evaluated(["a"], no_eval=True)

@@ -68,7 +68,7 @@ def judge(request: dict[str, Any]) -> dict[str, Any]:
         found = compare(str(folder), request["original"], texts)[0]
         answer["divergence"] = divergences(found)
     else:
-        found = texts.results(*texts.read(str(folder)))
+        found = texts.results(*texts.read(texts.open(str(folder))))
     rate = matmul_rate(rows=4096, size=576)  # of the machine, as in benchmarks/step.py
     return {**answer, "perplexities": perplexities(found), "rate_gflops": round(rate / 1e9)}
 

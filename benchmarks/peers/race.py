@@ -136,10 +136,13 @@ class Track:
 def race(
     results: Cells, chosen: Sequence[Entry], fill: Callable[[Entry], dict[str, Any]], *, retry: bool = False
 ) -> None:
-    """Fill every cell that is not there yet; one that failed holds its last words and waits for `retry`."""
+    """Fill every cell that is not there yet; one that failed, or is of other options, waits for `retry`."""
     for entry in chosen:
         known = results.cells.get(entry.name)
-        if known is not None and not (retry and "error" in known):
+        stale = known is not None and entry.run is not None and known.get("options") not in (None, entry.run.options)
+        if known is not None and not (retry and (stale or "error" in known)):
+            if stale:
+                print(f"{entry.name} is there with other options: --retry runs it again.", file=sys.stderr)
             continue
         print(f"{results.path.stem}: {entry.name}", file=sys.stderr, flush=True)
         try:

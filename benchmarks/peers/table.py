@@ -23,7 +23,6 @@ DIVERGENCE_NOTE = (
 )
 FASTER = 1.2
 """From which ratio of matrix-product rates on machines are called different."""
-UNKNOWN = "not noted"
 EMPTY = ("-",) * (2 * len(DOMAINS) + 1 + len(COSTS))
 
 
@@ -38,12 +37,13 @@ def markdown(cells: Mapping[str, Mapping[str, Any]]) -> str:
         names = [name for name in order if f"{setting}/{name}" in cells]
         header = (setting, "by", *DOMAINS.values(), *(f"g {name}" for name in DOMAINS.values()), "KL", *COSTS)
         first = ["original", "", *(_number(original.get(name)) for name in DOMAINS), *EMPTY[len(DOMAINS) :]]
-        rows = [_row(name, cells[f"{setting}/{name}"], original) for name in names]
+        slower = _slower(setting, cells)
+        rows = [_row(name, cells[f"{setting}/{name}"], original, timed=name not in slower) for name in names]
         parts.append(table(header, [first, *rows]))
     return "\n\n".join([*parts, _notes(cells, order)])
 
 
-def _row(name: str, cell: Mapping[str, Any], original: Mapping[str, Any]) -> list[str]:
+def _row(name: str, cell: Mapping[str, Any], original: Mapping[str, Any], *, timed: bool) -> list[str]:
     if "error" in cell:
         return [f"`{name}`", f"{cell['program']} (failed)", *EMPTY]
     return [
@@ -52,8 +52,7 @@ def _row(name: str, cell: Mapping[str, Any], original: Mapping[str, Any]) -> lis
         *(_number(cell[domain]) for domain in DOMAINS),
         *(_gap(cell[domain], original.get(domain)) for domain in DOMAINS),
         _divergence(cell.get("divergence")),
-        f"{cell['wall_seconds'] / 60:.1f}",
-        f"{cell['cpu_seconds'] / 60:.1f}",
+        *(f"{cell[clock] / 60:.1f}" if timed else "-" for clock in ("wall_seconds", "cpu_seconds")),
         f"{cell['peak_memory_mb'] / 1000:.1f}",
     ]
 
@@ -78,7 +77,11 @@ def _notes(cells: Mapping[str, Mapping[str, Any]], order: Sequence[str]) -> str:
     lines = [f"- Calibration: {', '.join(samples) or '-'}; threads: {', '.join(map(str, threads)) or '-'}."]
     lines += [f"- {GAP_NOTE}", f"- {DIVERGENCE_NOTE}"]
     lines.append(f"- {COSTS_NOTE}")
-    lines += _machines(cells)
+    lines += [
+        f"- Minutes of {', '.join(f'`{run}`' for run in runs)} at {setting} are left out: measured on a slower machine."
+        for setting in dict.fromkeys(cell["setting"] for cell in raced)
+        if (runs := _slower(setting, cells))
+    ]
     lines += _remarks(cells, order)
     lines += [f"- Not run: {name}; {reason}." for name, reason in NOT_RUN.items()]
     return "\n".join(lines)
@@ -99,17 +102,15 @@ def _remarks(cells: Mapping[str, Mapping[str, Any]], order: Sequence[str]) -> li
     return lines
 
 
-def _machines(cells: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Say in which settings times must not be compared: machines differ from one day to another."""
-    rates: dict[str, dict[str, float | None]] = {}
-    for name, cell in cells.items():
-        setting, _, run = name.partition("/")
-        if run and "error" not in cell:
-            rates.setdefault(setting, {})[run] = cell.get("rate_gflops")
-    return [
-        f"- Minutes at {setting} may be of different machines (bf16 products, GFLOP/s: "
-        f"{', '.join(f'`{run}` {rate or UNKNOWN}' for run, rate in found.items())})."
-        for setting, found in rates.items()
-        if (known := [rate for rate in found.values() if rate])
-        and (len(known) < len(found) or max(known) > FASTER * min(known))
-    ]
+def _slower(setting: str, cells: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return the runs whose times are no match for the others': machines differ from one day to another.
+
+    Where some machines are known by their rate, one that is not counts as slower.
+    """
+    rates = {
+        name.partition("/")[2]: cell.get("rate_gflops") or 0.0
+        for name, cell in cells.items()
+        if cell.get("setting") == setting and "error" not in cell
+    }
+    fastest = max(rates.values(), default=0.0)
+    return [run for run, rate in rates.items() if FASTER * rate < fastest]

@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from makeweight import __version__, options
-from makeweight.errors import UserError
+from makeweight.errors import UserError, out_of_memory
 from makeweight.numerics.scheme import Scheme
 from makeweight.paths import expanded
 from makeweight.recipe import Recipe, parse_blocks
@@ -37,6 +37,10 @@ app = typer.Typer(
 )
 INTERRUPTED = 130
 TEXT = "python-docs"
+MORE_MEMORY = (
+    "memory ran out: give the same command where more is free, and it goes on, or begin anew with a smaller "
+    "--batch-size, --nsamples or --seqlen and another --out."
+)
 DEMO = Path("smollm2-w3")
 
 
@@ -53,6 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _refuse(f"{place} gives an error ({error.strerror or error}): check path, permissions and free space.")
     except typer.TyperException as error:
         return _refuse(error.format_message().rstrip(".") + ".")
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        return _refuse(MORE_MEMORY)
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     if code == INTERRUPTED:
@@ -99,7 +107,7 @@ def quantize(
     bits: Annotated[int | None, typer.Option(help="Bits of a weight, 2 to 8 [4].")] = None,
     group_size: Annotated[int | None, typer.Option(help="Inputs per scale, -1: per channel [128].")] = None,
     sym: Annotated[bool | None, typer.Option("--sym/--asym", help="Symmetric grid [asym].")] = None,
-    scheme: Annotated[str | None, typer.Option(help="Shorthand for these three, as in W3A16g64.")] = None,
+    scheme: Annotated[str | None, typer.Option(help="These three in one: W3A16g64; without g, per channel.")] = None,
     scale_dtype: Annotated[str | None, typer.Option(help="auto, bfloat16, float16 or float32.")] = None,
     blocks: Annotated[str | None, typer.Option(help="Quantize these blocks only, as in 0:8.")] = None,
     dataset: Annotated[str | None, typer.Option(help="Calibration text [pile-10k].")] = None,
@@ -112,6 +120,7 @@ def quantize(
     lr: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="A method's learning rate.")] = None,
     option: Settings = None,
     eval_dataset: Annotated[list[str] | None, typer.Option(metavar="NAME", help="To evaluate on; repeat it.")] = None,
+    no_eval: Annotated[bool, typer.Option("--no-eval", help="Do not evaluate.")] = False,
     eval_windows: Annotated[int | None, typer.Option(help="Evaluate on the first windows only.")] = None,
     eval_seqlen: Annotated[int | None, typer.Option(help="Tokens per window of evaluation [2048].")] = None,
     out: Annotated[str | None, typer.Option("--out", "--output-dir", help="Folder to write.")] = None,
@@ -135,7 +144,12 @@ def quantize(
         blocks=parse_blocks(blocks) if blocks is not None else None,
         calib=options.changed(base.calib, **text),
         tune=options.changed(base.tune, steps=steps, batch_size=batch_size, device=device, rates=rates),
-        eval=options.changed(base.eval, datasets=options.names(eval_dataset), windows=eval_windows, seqlen=eval_seqlen),
+        eval=options.changed(
+            base.eval,
+            datasets=options.evaluated(eval_dataset, no_eval=no_eval),
+            windows=eval_windows,
+            seqlen=eval_seqlen,
+        ),
         out=out,
         seed=seed,
         options=options.settings(base, option),
@@ -216,6 +230,7 @@ def evaluate(
     """Measure the perplexity of a model on texts, and with --against what is left of its original."""
     from makeweight.evals.perplexity import Texts, compare
     from makeweight.evals.perplexity import evaluate as measure
+    from makeweight.report import progress
     from makeweight.report.tables import evaluated
 
     wanted = {
@@ -225,7 +240,10 @@ def evaluate(
         "device": device,
         "trust_remote_code": trust_remote_code,
     }
-    results, originals = compare(path, against, Texts(**wanted)) if against else (measure(path, **wanted), ())
+    with progress.bar("evaluating") as tick:
+        results, originals = (
+            compare(path, against, Texts(**wanted), tick) if against else (measure(path, **wanted, progress=tick), ())
+        )
     _print_table(*evaluated(results, originals))
 
 
@@ -238,12 +256,13 @@ def inspect(
     from makeweight.models.inspect import describe
     from makeweight.models.load import open_checkpoint
     from makeweight.plan import fits
+    from makeweight.report.tables import is_table, words
 
     description = describe(open_checkpoint(path, trust_remote_code=trust_remote_code))
-    tables = {name: value for name, value in description.items() if _is_table(value)}
-    _print_table(("model", ""), [(name, _words(value)) for name, value in description.items() if name not in tables])
+    tables = {name: value for name, value in description.items() if is_table(value)}
+    _print_table(("model", ""), [(name, words(value)) for name, value in description.items() if name not in tables])
     for name, rows in tables.items():
-        _print_table(list(rows[0]), [[_words(cell) for cell in row.values()] for row in rows], title=name)
+        _print_table(list(rows[0]), [[words(cell) for cell in row.values()] for row in rows], title=name)
     verdicts = [(name, "fits" if reason is None else reason) for name, reason in fits(description).items()]
     _print_table(("method", ""), verdicts)
 
@@ -264,21 +283,6 @@ def demo(out: Annotated[Path, typer.Option("--out", "--output-dir", help="Folder
     from makeweight.demo import demo as run
 
     run(out)
-
-
-def _is_table(value: object) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)
-
-
-def _words(value: object) -> str:
-    """Write a value of a description for people."""
-    if isinstance(value, dict):
-        return ", ".join(f"{name}: {_words(part)}" for name, part in value.items())
-    if isinstance(value, list | tuple):
-        return ", ".join(map(_words, value)) or "none"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return "none" if value is None else str(value)
 
 
 def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None) -> None:

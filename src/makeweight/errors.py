@@ -1,4 +1,4 @@
-"""The one exception whose text is meant for users."""
+"""The one exception whose text is meant for users, and how another is known that they can mend."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from difflib import get_close_matches
 class UserError(ValueError):
     """A user's mistake: its text names the input, says what is wrong and what to do.
 
-    The command line prints the text as one sentence and exits with code 2; besides it only OSError is caught there.
+    The command line prints the text as one sentence and exits with code 2; besides it only OSError and memory that
+    ran out are caught there.
     """
 
 
@@ -17,3 +18,8 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return " (did you mean 'x'?)" for a near miss among `known`, and "" where nothing is near."""
     near = get_close_matches(word, list(known), n=1)
     return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out, the GPU's or the system's: torch tells the latter by its text alone."""
+    return isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error)

@@ -22,6 +22,7 @@ from makeweight.export.run import target_of
 from makeweight.methods.base import Context
 from makeweight.models.checkpoint import Checkpoint
 from makeweight.models.load import open_checkpoint
+from makeweight.numerics.memory import machine_memory
 from makeweight.paths import expanded
 from makeweight.plan import Plan, check, compose, in_pieces
 from makeweight.recipe import Recipe
@@ -95,6 +96,17 @@ class Job:
         Folder.check(recipe.out, identity=job.identity(), device=device.type)
         check_formats(expanded(recipe.out), recipe.formats, job.facts(), identity=job.identity())
         return job
+
+    def outlook(self) -> str:
+        """Say what weights become and what that takes, and where it is more than this machine has."""
+        said = f"Weights of {self.recipe.scheme.words()}. {self.estimate.sentence()}"
+        there = machine_memory() if self.device.type == "cpu" else None
+        if there is None or self.estimate.memory_bytes <= there:
+            return said
+        return (
+            f"{said} This machine has only {there / 1e9:.1f} GB of memory: fewer or shorter samples (--nsamples, "
+            "--seqlen) take less."
+        )
 
     def facts(self) -> Facts:
         """Return what formats ask, as far as it is known before anything is solved."""

@@ -65,18 +65,20 @@ def grid(
     }
     for name, flag in flags.items():
         if changes[name] is not None and changes[name] != getattr(named, name):
-            raise UserError(f"--scheme {text} means {_long(named)}, and {flag} says otherwise: give one of the two.")
+            raise UserError(f"--scheme {text} means {named.words()}, and {flag} says otherwise: give one of the two.")
     return named
-
-
-def _long(scheme: Scheme) -> str:
-    group = "one scale per channel" if scheme.group_size == -1 else f"groups of {scheme.group_size}"
-    return f"{scheme.bits} bits, {group}, {'symmetric' if scheme.symmetric else 'asymmetric'}"
 
 
 def names(given: list[str] | None) -> tuple[str, ...] | None:
     """Read names, given one by one."""
     return tuple(given) if given else None
+
+
+def evaluated(given: list[str] | None, *, no_eval: bool) -> tuple[str, ...] | None:
+    """Read the texts to evaluate on: none of them with --no-eval, and None where neither says anything."""
+    if no_eval and given:
+        raise UserError("--no-eval and --eval-dataset say opposite things: give one of the two.")
+    return () if no_eval else names(given)
 
 
 def words(given: list[str] | None) -> tuple[str, ...] | None:

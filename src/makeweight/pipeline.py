@@ -63,7 +63,7 @@ def _threads(folder: Folder) -> Iterator[None]:
 
 def preflight(recipe: Recipe) -> str:
     """Check everything that `quantize` checks, and say what the run would take."""
-    return Job.prepare(recipe).estimate.sentence()
+    return Job.prepare(recipe).outlook()
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Run:
         """Do what is missing, and return the record of the whole."""
         job, folder = self.job, self.folder
         if not folder.done:
-            print(job.estimate.sentence(), file=sys.stderr)
+            print(job.outlook(), file=sys.stderr)
             self.solve()
             self.finetune()
             folder.note_solver(_process(job.device))

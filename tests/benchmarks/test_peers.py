@@ -16,7 +16,7 @@ from benchmarks.peers import child
 from benchmarks.peers.child import BrokenRunError
 from benchmarks.peers.judge import check_grid, most_values
 from benchmarks.peers.race import race
-from benchmarks.peers.runs import ORIGINAL, OURS, RUNS, THEIRS, Entry, entries
+from benchmarks.peers.runs import ORIGINAL, OURS, RUNS, THEIRS, Entry, Run, entries
 from benchmarks.peers.table import markdown
 from makeweight.errors import UserError
 from makeweight.export.run import export_model
@@ -79,6 +79,19 @@ def test_what_is_there_is_not_run_again(tmp_path: Path) -> None:
     assert ran == ["b", "c"]
     race(Cells(file), chosen, fill, retry=True)
     assert ran == ["b", "c", "b"]
+
+
+def test_a_cell_of_other_options_is_named_and_waits_for_retry(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, file = Run(program="hqq", options={"steps": 2}), tmp_path / "peers.json"
+    Cells(file).keep("a", {"options": {"steps": 1}})
+    Cells(file).keep("b", {"options": {"steps": 2}})
+    chosen = [Entry(name=name, run=run) for name in "ab"]
+    race(Cells(file), chosen, lambda _: {"wikitext2": 1.0})
+    assert capsys.readouterr().err == "a is there with other options: --retry runs it again.\n"
+    race(Cells(file), chosen, lambda _: {"wikitext2": 1.0}, retry=True)
+    assert list(Cells(file).cells.values()) == [{"wikitext2": 1.0}, {"options": {"steps": 2}}]
 
 
 def test_two_runs_can_fill_the_same_file(tmp_path: Path) -> None:
@@ -149,14 +162,13 @@ def test_table() -> None:
     assert len({line.count("|") for line in lines[:6]}) == 1
     assert "128 x 512 tokens; threads: 2" in markdown(cells)
     assert "Not run: GPTQModel" in markdown(cells)
-    assert "different machines" not in markdown(cells)
+    assert "slower" not in markdown(cells)
     cells["W2A16g64/hqq"] |= {"rate_gflops": 400, "note": "its note"}
-    assert "W2A16g64 may be of different machines (bf16 products, GFLOP/s: `hqq` 400, `lwc` not noted)" in markdown(
-        cells
-    )
+    assert "Minutes of `lwc` at W2A16g64 are left out: measured on a slower machine." in markdown(cells)
+    assert "0.500 / 0.250 | - | - | 1.2 |" in markdown(cells) and "- | 1.5 | 2.5 | 1.2 |" in markdown(cells)
     cells["W2A16g64/lwc"] |= {"rate_gflops": 410}
-    assert "different machines" not in markdown(cells) and "- `hqq`: its note." in markdown(cells)
+    assert "slower" not in markdown(cells) and "- `hqq`: its note." in markdown(cells)
     cells["W4A16/hqq"] = {**cells["W2A16g64/hqq"], "setting": "W4A16", "note": "its older note"}
     assert "- `hqq` at W2A16g64: its note.\n- `hqq` at W4A16: its older note." in markdown(cells)
     cells["W2A16g64/lwc"] |= {"rate_gflops": 800}
-    assert "W2A16g64 may be of different machines (bf16 products, GFLOP/s: `hqq` 400, `lwc` 800)" in markdown(cells)
+    assert "Minutes of `hqq` at W2A16g64 are left out" in markdown(cells)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import AutoModelForCausalLM
 
 from makeweight.calib.data import evaluation_windows
 from makeweight.errors import UserError
@@ -19,7 +21,7 @@ from makeweight.pipeline import quantize
 from makeweight.recipe import Eval
 from makeweight.report.record import Record
 from tests.runs import our_logits, small
-from tests.tiny import VOCABULARY
+from tests.tiny import VOCABULARY, tiny_tokenizer
 
 pytestmark = pytest.mark.usefixtures("known_rate")
 
@@ -66,15 +68,22 @@ def test_models_that_read_other_tokens_are_not_compared(
     llama: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     texts = room.Texts(datasets=(str(text),), seqlen=48, windows=2, device="cpu")
-    first, *rest = texts.read(str(llama))
-    other = room.Predictions(
-        skeleton=first.skeleton,
-        blocks_path=first.blocks_path,
-        tokens_NT=torch.zeros_like(first.tokens_NT),
-        hidden_NTD=first.hidden_NTD,
-        device=first.device,
-    )
-    answers = iter([(first, *rest), (other, *rest)])
-    monkeypatch.setattr(room.Texts, "read", lambda *_: next(answers))
+    first = texts.open(str(llama))
+    answers = iter([first, replace(first, windows_NT=torch.zeros_like(first.windows_NT))])
+    monkeypatch.setattr(room.Texts, "open", lambda *_: next(answers))
+    monkeypatch.setattr(room.Texts, "read", lambda *_: pytest.fail("nothing is computed first"))
     with pytest.raises(UserError, match="m reads other tokens than o: compare models that share a tokenizer"):
         room.compare("m", "o", texts)
+
+
+def test_models_that_predict_more_tokens_are_not_compared(
+    llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    padded = AutoModelForCausalLM.from_pretrained(llama)
+    padded.resize_token_embeddings(VOCABULARY + 8, mean_resizing=False)
+    padded.save_pretrained(tmp_path / "padded")
+    tiny_tokenizer().save_pretrained(tmp_path / "padded")
+    texts = room.Texts(datasets=(str(text),), seqlen=48, windows=2, device="cpu")
+    monkeypatch.setattr(room.Texts, "read", lambda *_: pytest.fail("nothing is computed first"))
+    with pytest.raises(UserError, match=f"padded predicts {VOCABULARY + 8} tokens and .* {VOCABULARY}: compare"):
+        room.compare(str(tmp_path / "padded"), str(llama), texts)

@@ -9,7 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from makeweight.numerics.memory import keep_freed_memory, peak_memory, release_freed_memory, reset_peak_memory
+from makeweight.numerics.memory import (
+    keep_freed_memory,
+    machine_memory,
+    peak_memory,
+    release_freed_memory,
+    reset_peak_memory,
+)
 
 SIZE = 200_000_000
 
@@ -45,3 +51,8 @@ def test_freed_buffers_stay_until_they_are_released() -> None:
 def resident() -> int:
     """Return the process's resident bytes now."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def test_the_machine_has_more_than_this_process_takes() -> None:
+    there = machine_memory()
+    assert there is None or there > peak_memory()

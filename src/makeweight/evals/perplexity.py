@@ -49,6 +49,15 @@ class Perplexity:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Opened:
+    """A model and the windows of tokens that it is to read, [N, T]; of each text so many."""
+
+    ckpt: Checkpoint
+    windows_NT: Tensor
+    counts: list[int]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Texts:
     """What is read, and how: texts, windows of `seqlen` tokens (the first `windows`, one number or one each), device.
 
@@ -66,11 +75,10 @@ class Texts:
         if isinstance(self.datasets, str):
             raise UserError(f"datasets={self.datasets!r} is one text where a list of them belongs: put it in brackets.")
 
-    def read(self, model: str, progress: Progress | None = None) -> tuple[Predictions, list[int], float]:
-        """Return a model's predictions, how many windows each text has, and the seconds that it took."""
+    def open(self, model: str) -> Opened:
+        """Open a model and cut the texts into windows of its tokens; nothing is computed yet."""
         from makeweight.models.load import open_checkpoint
 
-        device = find_device(self.device)
         ckpt = open_checkpoint(model, trust_remote_code=self.trust_remote_code)
         limit = getattr(ckpt.config.get_text_config(), "max_position_embeddings", None)
         if isinstance(limit, int) and self.seqlen > limit:
@@ -82,11 +90,15 @@ class Texts:
             raise UserError("no data set to evaluate on: name at least one, such as wikitext2.")
         texts = evaluation_texts(tokenizer, self.datasets, seqlen=self.seqlen, windows=self.windows)
         check_tokens(ckpt, *texts)
-        batch = max(1, BATCH_TOKENS // self.seqlen)
-        start = time.perf_counter()
         windows_NT = behind(ckpt.start_token(tokenizer), torch.cat(texts))
-        found = predict(ckpt, windows_NT, dtype=self.dtype or ckpt.dtype, device=device, batch=batch, progress=progress)
-        return found, [len(text) for text in texts], time.perf_counter() - start
+        return Opened(ckpt=ckpt, windows_NT=windows_NT, counts=[len(text) for text in texts])
+
+    def read(self, opened: Opened, progress: Progress | None = None) -> tuple[Predictions, list[int], float]:
+        """Return a model's predictions, how many windows each text has, and the seconds that it took."""
+        device, batch, ckpt = find_device(self.device), max(1, BATCH_TOKENS // self.seqlen), opened.ckpt
+        start, dtype = time.perf_counter(), self.dtype or ckpt.dtype
+        found = predict(ckpt, opened.windows_NT, dtype=dtype, device=device, batch=batch, progress=progress)
+        return found, opened.counts, time.perf_counter() - start
 
     def results(
         self, ours: Predictions, counts: Sequence[int], seconds: float, theirs: Predictions | None = None
@@ -130,7 +142,7 @@ def evaluate(
         dtype=dtype,
         trust_remote_code=trust_remote_code,
     )
-    return texts.results(*texts.read(model, progress))
+    return texts.results(*texts.read(texts.open(model), progress))
 
 
 def compare(
@@ -139,12 +151,19 @@ def compare(
     """Evaluate a model and its original on the same texts: the model's results, with divergences, and the original's.
 
     The original's hidden states wait on the CPU while the model runs. Raises UserError as `evaluate` does, and for
-    models that do not share a tokenizer.
+    models that do not share a tokenizer or predict another number of tokens, before either runs.
     """
-    theirs, counts, seconds = texts.read(original, _half(progress, 0))
-    ours, our_counts, our_seconds = texts.read(model, _half(progress, 1))
-    if not torch.equal(ours.tokens_NT, theirs.tokens_NT):
+    first, second = texts.open(original), texts.open(model)
+    if not torch.equal(first.windows_NT, second.windows_NT):
         raise UserError(f"{model} reads other tokens than {original}: compare models that share a tokenizer.")
+    sizes = [opened.ckpt.config.get_text_config().vocab_size for opened in (second, first)]
+    if sizes[0] != sizes[1]:
+        raise UserError(
+            f"{model} predicts {sizes[0]} tokens and {original} {sizes[1]}: compare models with as many, such as a "
+            "model and what was made of it."
+        )
+    theirs, counts, seconds = texts.read(first, _half(progress, 0))
+    ours, our_counts, our_seconds = texts.read(second, _half(progress, 1))
     results = texts.results(ours, our_counts, our_seconds, theirs=theirs)
     return results, texts.results(theirs, counts, seconds)
 

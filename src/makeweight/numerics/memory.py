@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import resource
 import sys
 from contextlib import suppress
@@ -38,6 +39,16 @@ def _glibc() -> ctypes.CDLL | None:
         libc = ctypes.CDLL("libc.so.6")
         return libc if libc.mallopt and libc.malloc_trim else None
     return None
+
+
+def machine_memory() -> int | None:
+    """Return the bytes that this machine has, or its container may take, and None where the system does not tell."""
+    sizes: list[int] = []
+    with suppress(OSError, ValueError, AttributeError):
+        sizes.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    with suppress(OSError, ValueError):  # "max" where there is no limit
+        sizes.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return min(sizes, default=None)
 
 
 def reset_peak_memory() -> None:

@@ -72,6 +72,11 @@ class Scheme:
         sym = "_sym" if self.symmetric and self.activations == 16 else ""
         return f"W{self.bits}A{self.activations}{group}{sym}"
 
+    def words(self) -> str:
+        """Say it in words: `W4A16` means groups of 128 to others."""
+        group = "one scale per channel" if self.group_size == -1 else f"groups of {self.group_size}"
+        return f"{self.bits} bits, {group}, {'symmetric' if self.symmetric else 'asymmetric'}"
+
     @property
     def qmin(self) -> int:
         """Smallest signed code."""

@@ -21,7 +21,7 @@ def measure(recipe: Recipe, model: str, original: str) -> tuple[tuple[Perplexity
     )
     if not wanted.baseline:
         with progress.bar("evaluating the result") as advance:
-            return tuple(texts.results(*texts.read(model, advance))), ()
+            return tuple(texts.results(*texts.read(texts.open(model), advance))), ()
     with progress.bar("evaluating the original and the result") as advance:
         results, baselines = compare(model, original, texts, advance)
     return tuple(results), tuple(baselines)

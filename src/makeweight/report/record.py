@@ -18,9 +18,9 @@ from makeweight.evals.perplexity import Perplexity
 from makeweight.recipe import Recipe
 
 FILE = "record.json"
-BROKEN, POOR = 2.0, 1.2
-"""Ratios of perplexities above which a model is called broken, or noticeably worse."""
-BROKEN_TOP, POOR_TOP = 0.4, 0.7
+BROKEN, POOR, CLOSE = 2.0, 1.2, 1.05
+"""Ratios of perplexities above which a model is called broken, noticeably worse, somewhat worse."""
+BROKEN_TOP, POOR_TOP, CLOSE_TOP = 0.4, 0.7, 0.9
 """The same for shares of next tokens that are the original's, below: perplexity may also fall by luck."""
 
 
@@ -77,6 +77,8 @@ class Record:
             return f"This model is broken: {where}. Use more bits, smaller groups or a stronger method."
         if ratio > POOR or same < POOR_TOP:
             return f"This model is noticeably worse than the original: {where}."
+        if ratio > CLOSE or same < CLOSE_TOP:
+            return f"This model is somewhat worse than the original: {where}."
         return f"This model stays close to the original: {where}."
 
     def to_json(self) -> str:

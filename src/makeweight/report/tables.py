@@ -71,6 +71,22 @@ def evaluated(
     return ("dataset", "perplexity", *header), [(*a, *b) for a, b in zip(first, rows, strict=True)]
 
 
+def is_table(value: object) -> bool:
+    """Whether a value of a description is a list of rows, each a dictionary."""
+    return isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)
+
+
+def words(value: object) -> str:
+    """Write a value of a description for people."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name}: {words(part)}" for name, part in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(words, value)) or "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "none" if value is None else str(value)
+
+
 def _console() -> Console:
     """Write as wide as a terminal is, and without folding into a file."""
     console = Console()
