@@ -14,6 +14,7 @@ from makeweight import pipeline
 from makeweight.errors import UserError
 from makeweight.export.folder import MARKER, Folder
 from makeweight.job import Job
+from makeweight.models.checkpoint import Checkpoint
 from makeweight.pipeline import quantize
 from makeweight.recipe import Calib, Eval, Recipe, Tune
 from makeweight.report.record import Record
@@ -121,3 +122,12 @@ def test_a_run_goes_on_with_the_threads_that_it_began_with(
     quantize(recipe)
     assert seen == [mine + 1] and torch.get_num_threads() == mine
     assert f"out was begun with {mine + 1} threads: going on with as many." in capsys.readouterr().err
+
+
+def test_an_occupied_folder_is_refused_before_weights_are_read(
+    llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "note.txt").write_text("mine")
+    monkeypatch.setattr(Checkpoint, "check_sound", lambda _: pytest.fail("it takes minutes to read a large model"))
+    with pytest.raises(UserError, match="already holds something else"):
+        quantize(small(llama, tmp_path, text, eval=NOT_MEASURED))

@@ -62,9 +62,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--runs", default="", help="names of runs, with commas between them; all where none is given")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of every run and of the evaluation")
-    parser.add_argument(
-        "--retry", action="store_true", help="run again what failed or had other options"
-    )
+    parser.add_argument("--retry", action="store_true", help="run again what failed or had other options")
     parser.add_argument("--smoke", action="store_true", help="only prove that every program runs")
     parser.add_argument("--table", action="store_true", help="print the results as Markdown and run nothing")
     args = parser.parse_args(argv)

@@ -54,6 +54,7 @@ class Job:
         device = find_device(recipe.tune.device)
         ckpt = open_checkpoint(recipe.model, trust_remote_code=recipe.trust_remote_code)
         blocks = check(plan, recipe, ckpt)
+        Folder.check_place(recipe.out)
         ckpt.check_sound()
         tokenizer = ckpt.tokenizer()
         wanted = recipe.eval

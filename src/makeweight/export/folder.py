@@ -58,17 +58,25 @@ class Folder:
     @staticmethod
     def check(path: str | Path, *, identity: str, device: str) -> None:
         """Raise UserError for a folder that `claim` would refuse; nothing is written."""
+        Folder.check_place(path)
         folder = expanded(path)
         found = _read_json(folder / MARKER)
-        if found is not None and found.get("identity") != identity:
+        if found is None:
+            return
+        if found.get("identity") != identity:
             raise UserError(
                 f"{folder} belongs to a run with another recipe, model, text or version of makeweight: "
                 "give another --out, or delete it."
             )
-        if found is not None:
-            if not found.get("done") and (began := found.get("device", device)) != device:
-                # Devices differ in the last bits: what is finished has its bytes, the rest would get others.
-                raise UserError(f"{folder} was begun on {began}, not on {device}: finish it there, or delete it.")
+        if not found.get("done") and (began := found.get("device", device)) != device:
+            # Devices differ in the last bits: what is finished has its bytes, the rest would get others.
+            raise UserError(f"{folder} was begun on {began}, not on {device}: finish it there, or delete it.")
+
+    @staticmethod
+    def check_place(path: str | Path) -> None:
+        """Raise UserError for a folder that holds what no run wrote; asks for nothing that takes long to know."""
+        folder = expanded(path)
+        if _read_json(folder / MARKER) is not None:
             return
         try:
             strangers = {item.name for item in folder.iterdir()} - {f"{MARKER}.part"}
