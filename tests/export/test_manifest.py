@@ -86,3 +86,16 @@ def test_missing_cut_short_and_strange_files(tmp_path: Path) -> None:
 def test_a_folder_without_a_manifest(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has no manifest\.json"):
         manifest.check(tmp_path)
+
+
+def test_what_others_added_is_told_apart_where_the_manifest_can_tell(tmp_path: Path) -> None:
+    assert manifest.strangers(tmp_path / "folder") == []
+    folder = a_folder(tmp_path / "folder")
+    assert manifest.strangers(folder) == []
+    (folder / ".git").mkdir()
+    for name in ("README.md", ".git/HEAD"):
+        (folder / name).write_text("mine")
+    assert manifest.strangers(folder) == [".git/HEAD", "README.md"]
+    (folder / manifest.NAME).write_text("{")
+    with pytest.raises(UserError, match=r"is damaged, its manifest\.json as well: delete it"):
+        manifest.strangers(folder)

@@ -70,11 +70,16 @@ def check(folder: Path, *, kinds: tuple[str, ...] = ("",), strangers: bool = Tru
 
 
 def strangers(folder: Path) -> list[str]:
-    """Return the files of a folder that its manifest does not name, hidden ones too; none where it has no manifest."""
+    """Return the files of a folder that its manifest does not name, hidden ones too; none where there is no folder.
+
+    Raises UserError where the manifest cannot tell.
+    """
+    if not folder.exists():
+        return []
     try:
         known = {NAME, *json.loads((folder / NAME).read_bytes())["files"]}
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder} is damaged, its {NAME} as well: delete it, or give another --out.") from error
     found = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     return sorted(set(found) - known)
 
