@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from makeweight.errors import UserError
-from makeweight.options import evaluated, parse_option, parse_rate
+from makeweight.options import evaluated, parse_option, parse_rate, rates
+from makeweight.recipe import Recipe, Tune
 
 
 def test_parse_option() -> None:
@@ -32,3 +33,13 @@ def test_evaluation_can_be_left_out() -> None:
     assert evaluated(["a"], no_eval=False) == ("a",)
     with pytest.raises(UserError, match="--no-eval and --eval-dataset say opposite things"):
         evaluated(["a"], no_eval=True)
+
+
+def test_a_rate_that_is_set_takes_the_place_of_a_saved_one() -> None:
+    saved = Recipe(model="m", out="o", tune=Tune(rates={"sde": 1e-3, "lwc": 1e-2}))
+    assert rates(saved, None, None) is None
+    assert rates(saved, None, ["sde.band=8"]) is None
+    assert rates(saved, None, ["sde.rate=3e-3"]) == {"lwc": 1e-2}
+    assert rates(saved, ["lwc=5e-2"], ["sde.rate=3e-3"]) == {"lwc": 5e-2}
+    with pytest.raises(UserError, match=r"--lr sde and --set sde\.rate say the same thing"):
+        rates(saved, ["sde=2e-3"], ["sde.rate=3e-3"])

@@ -136,7 +136,7 @@ def quantize(
     saved = Recipe.load(recipe) if recipe else None
     grid = options.grid(saved.scheme if saved else Scheme(), scheme, bits, group_size, sym, scale_dtype)
     base = options.by_method(options.at_effort(saved or options.start(model, out, grid), effort, method), method)
-    rates = options.rates(base, lr)
+    rates = options.rates(base, lr, option)
     wanted = options.changed(
         base,
         model=model,

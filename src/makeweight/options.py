@@ -86,9 +86,14 @@ def words(given: list[str] | None) -> tuple[str, ...] | None:
     return tuple(word.strip() for item in given for word in item.split(",") if word.strip()) if given else None
 
 
-def rates(base: Recipe, given: list[str] | None) -> dict[str, float] | None:
-    """Add learning rates, each written as name=value, to a recipe's own."""
-    return {**base.tune.rates, **dict(map(parse_rate, given))} if given else None
+def rates(base: Recipe, given: list[str] | None, option: list[str] | None) -> dict[str, float] | None:
+    """Add learning rates, each written as name=value, to a recipe's own, but for those that `option` (--set) sets."""
+    named = dict(map(parse_rate, given or ()))
+    set_too = {method for method, name, _ in map(parse_option, option or ()) if name == "rate"}
+    if twice := sorted(set_too & named.keys()):
+        raise UserError(f"--lr {twice[0]} and --set {twice[0]}.rate say the same thing: give one of the two.")
+    kept = {name: rate for name, rate in base.tune.rates.items() if name not in set_too}
+    return {**kept, **named} if given or set_too else None
 
 
 def settings(base: Recipe, given: list[str] | None) -> dict[str, dict[str, Option]] | None:
