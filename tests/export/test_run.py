@@ -142,11 +142,11 @@ def test_dying_while_an_export_is_replaced_is_no_obstacle(
     (first.path / "config.json").write_text("{}")
     whole = shutil.rmtree
 
-    def dies(folder: Path, **how: bool) -> None:
+    def dies(folder: Path, *, ignore_errors: bool) -> None:
         if folder.exists():
             (folder / "export.json").unlink(missing_ok=True)
             raise KeyboardInterrupt
-        whole(folder, **how)
+        whole(folder, ignore_errors=ignore_errors)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(shutil, "rmtree", dies)

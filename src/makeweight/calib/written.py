@@ -30,8 +30,10 @@ PROMPT = 32
 """Tokens of a given sample that a piece goes on from."""
 DTYPE = torch.bfloat16
 """Of the model while it writes: enough to draw from its predictions."""
-TOGETHER = 128
-"""Pieces that are written at once."""
+TOGETHER = 24
+"""Pieces that are written at once: more take less time and the memory of a larger model (LOG.md)."""
+TOKENS_KEPT = 4
+"""Tokens after which freed memory goes back: keys and values are laid out anew for each, and fit no earlier place."""
 
 Tick = Callable[[int, int], None]
 
@@ -107,7 +109,9 @@ def _continue(model: torch.nn.Module, start_PL: Tensor, length: int, generator: 
     """Draw tokens until pieces are `length` long, int64 (P, L)."""
     found, past, step_PL = [start_PL], None, start_PL
     last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    for _ in range(length - start_PL.shape[1]):
+    for number in range(length - start_PL.shape[1]):
+        if number % TOKENS_KEPT == 0:
+            release_freed_memory()
         answer = model(input_ids=step_PL, past_key_values=past, use_cache=True, **last_only)
         past = getattr(answer, "past_key_values", None)
         if past is None:
