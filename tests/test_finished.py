@@ -131,3 +131,10 @@ def test_an_occupied_folder_is_refused_before_weights_are_read(
     monkeypatch.setattr(Checkpoint, "check_sound", lambda _: pytest.fail("it takes minutes to read a large model"))
     with pytest.raises(UserError, match="already holds something else"):
         quantize(small(llama, tmp_path, text, eval=NOT_MEASURED))
+
+
+def test_a_run_that_died_of_memory_goes_on_with_less_of_it(llama: Path, text: Path, tmp_path: Path) -> None:
+    recipe = small(llama, tmp_path / "out", text, eval=NOT_MEASURED, method="mse+e2e")
+    kept = replace(recipe, options={"e2e": {"recompute": False}})
+    other = replace(recipe, options={"e2e": {"norms": False}})
+    assert Job.prepare(kept).identity() == Job.prepare(recipe).identity() != Job.prepare(other).identity()

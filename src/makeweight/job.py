@@ -129,8 +129,14 @@ class Job:
         for name in ("model", "out", "eval", "formats", "trust_remote_code"):
             del data[name]
         del data["tune"]["device"]  # the folder holds on to it until everything is solved
+        plan = self.plan
+        if plan.finetune is not None:  # what is kept for the way back changes no byte: a run short of memory goes on
+            plan = replace(plan, finetune=replace(plan.finetune, recompute=True))
+            for given in data["options"].values():
+                given.pop("recompute", None)
+            data["options"] = {name: given for name, given in data["options"].items() if given}
         # The plan holds every setting that the recipe leaves to its default: a release may change one.
-        text = json.dumps([data, repr(self.plan), self.ckpt.fingerprint(), __version__], sort_keys=True)
+        text = json.dumps([data, repr(plan), self.ckpt.fingerprint(), __version__], sort_keys=True)
         tokens = b"" if self.tokens_NT is None else self.tokens_NT.numpy().tobytes()
         return hashlib.sha256(text.encode() + tokens).hexdigest()
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from makeweight.errors import UserError
-from makeweight.models.registry import all_specs, spec_for
+from makeweight.models.registry import all_specs, generic_spec, spec_for
 from makeweight.models.rescale import qk_free, rescale_qk
 from makeweight.models.spec import Edge
 from makeweight.models.validate import SpecError, validate
@@ -90,6 +90,18 @@ def test_blocks_without_linears_are_refused() -> None:
 
     with pytest.raises(UserError, match=r"no nn\.Linear in its blocks .*Conv1D"):
         spec_for(GPT2Config(n_embd=32, n_layer=2, n_head=2))
+
+
+def test_experts_in_flat_matrices_are_refused() -> None:
+    """As DBRX keeps them."""
+    model = tiny_model("gpt-neox")
+    for block in model.get_submodule("gpt_neox.layers").children():
+        block.register_parameter("experts", torch.nn.Parameter(torch.zeros(64, 64)))
+    assert generic_spec(model).blocks == "gpt_neox.layers", "a few weights outside of linears are no obstacle"
+    for block in model.get_submodule("gpt_neox.layers").children():
+        block.register_parameter("experts", torch.nn.Parameter(torch.zeros(64, 64 * 64)))
+    with pytest.raises(UserError, match=r"keeps most weights of a block outside of linear layers \(experts"):
+        generic_spec(model)
 
 
 def test_experts_are_refused() -> None:

@@ -114,6 +114,7 @@ def generic_spec(model: PreTrainedModel) -> ModelSpec:
             f"{name} keeps {wide[0]} of a block in one tensor of more than two dimensions ({kind}): "
             "give a model whose blocks hold plain linear layers."
         )
+    _check_most_is_linear(name, lists[blocks][0])
     paths = {id(module): path for path, module in model.named_modules()}
     return ModelSpec(
         family="generic",
@@ -124,3 +125,14 @@ def generic_spec(model: PreTrainedModel) -> ModelSpec:
         head=paths.get(id(model.get_output_embeddings())),
         notes="No edges are known: methods that rescale or rotate across layers do not apply.",
     )
+
+
+def _check_most_is_linear(name: str, block: nn.Module) -> None:
+    """Refuse a block whose matrices are mostly no linears': what is quantized would be the smaller part of it."""
+    linear = {id(item) for module in block.modules() if isinstance(module, nn.Linear) for item in module.parameters()}
+    other = {path: item for path, item in block.named_parameters() if item.ndim > 1 and id(item) not in linear}
+    if sum(item.numel() for item in other.values()) > sum(p.numel() for p in block.parameters() if id(p) in linear):
+        raise UserError(
+            f"{name} keeps most weights of a block outside of linear layers ({next(iter(other))}, a mixture of experts "
+            "as a rule): give a model whose blocks hold plain linear layers."
+        )
