@@ -75,7 +75,10 @@ def test_what_reads_inputs_and_what_learns_at_the_end_is_counted(recipe: Recipe,
     assert of(recipe, ckpt, method="rtn+e2e").memory_bytes > of(recipe, ckpt, method="rtn").memory_bytes
 
 
-def test_text_of_the_models_own_and_curvature_are_counted(recipe: Recipe, ckpt: Checkpoint) -> None:
+def test_text_of_the_models_own_and_curvature_are_counted(
+    recipe: Recipe, ckpt: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("makeweight.calib.written.TOGETHER", 128)
     plain = of(recipe, ckpt, method="autoround")
     assert of(recipe, ckpt, method="flipround").seconds > plain.seconds  # probes, before any step
     writes = of(replace(recipe, calib=replace(recipe.calib, written=64)), ckpt, method="autoround")

@@ -136,7 +136,7 @@ def quantize(
     saved = Recipe.load(recipe) if recipe else None
     grid = options.grid(saved.scheme if saved else Scheme(), scheme, bits, group_size, sym, scale_dtype)
     base = options.by_method(options.at_effort(saved or options.start(model, out, grid), effort, method), method)
-    rates = options.rates(base, lr, option)
+    rates, texts = options.rates(base, lr, option), options.evaluated(eval_dataset, no_eval=no_eval)
     wanted = options.changed(
         base,
         model=model,
@@ -144,12 +144,7 @@ def quantize(
         blocks=parse_blocks(blocks) if blocks is not None else None,
         calib=options.changed(base.calib, **text),
         tune=options.changed(base.tune, steps=steps, batch_size=batch_size, device=device, rates=rates),
-        eval=options.changed(
-            base.eval,
-            datasets=options.evaluated(eval_dataset, no_eval=no_eval),
-            windows=eval_windows,
-            seqlen=eval_seqlen,
-        ),
+        eval=options.changed(base.eval, datasets=texts, windows=eval_windows, seqlen=eval_seqlen),
         out=out,
         seed=seed,
         options=options.settings(base, option),
