@@ -37,10 +37,8 @@ app = typer.Typer(
 )
 INTERRUPTED = 130
 TEXT = "python-docs"
-MORE_MEMORY = (
-    "memory ran out: give the same command where more is free, and it goes on, or begin anew with a smaller "
-    "--batch-size, --nsamples or --seqlen and another --out."
-)
+MORE_MEMORY = "memory ran out: give the same command where more is free"
+LESS_WORK = ", and it goes on, or begin anew with a smaller --batch-size, --nsamples or --seqlen and another --out"
 DEMO = Path("smollm2-w3")
 
 
@@ -60,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
-        return _refuse(MORE_MEMORY)
+        return _refuse(f"{MORE_MEMORY}{LESS_WORK if words[0] == 'quantize' else ''}.")
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     if code == INTERRUPTED:
