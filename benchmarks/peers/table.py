@@ -78,7 +78,7 @@ def _notes(cells: Mapping[str, Mapping[str, Any]], order: Sequence[str]) -> str:
     lines += [f"- {GAP_NOTE}", f"- {DIVERGENCE_NOTE}"]
     lines.append(f"- {COSTS_NOTE}")
     lines += [
-        f"- Minutes of {', '.join(f'`{run}`' for run in runs)} at {setting} are left out: of a slower or an unknown machine."
+        f"- Minutes of {', '.join(f'`{run}`' for run in runs)} at {setting} left out: of a slower or unknown machine."
         for setting in dict.fromkeys(cell["setting"] for cell in raced)
         if (runs := _slower(setting, cells))
     ]

@@ -164,11 +164,11 @@ def test_table() -> None:
     assert "Not run: GPTQModel" in markdown(cells)
     assert "slower" not in markdown(cells)
     cells["W2A16g64/hqq"] |= {"rate_gflops": 400, "note": "its note"}
-    assert "Minutes of `lwc` at W2A16g64 are left out: of a slower or an unknown machine." in markdown(cells)
+    assert "Minutes of `lwc` at W2A16g64 left out: of a slower or unknown machine." in markdown(cells)
     assert "0.500 / 0.250 | - | - | 1.2 |" in markdown(cells) and "- | 1.5 | 2.5 | 1.2 |" in markdown(cells)
     cells["W2A16g64/lwc"] |= {"rate_gflops": 410}
     assert "slower" not in markdown(cells) and "- `hqq`: its note." in markdown(cells)
     cells["W4A16/hqq"] = {**cells["W2A16g64/hqq"], "setting": "W4A16", "note": "its older note"}
     assert "- `hqq` at W2A16g64: its note.\n- `hqq` at W4A16: its older note." in markdown(cells)
     cells["W2A16g64/lwc"] |= {"rate_gflops": 800}
-    assert "Minutes of `hqq` at W2A16g64 are left out" in markdown(cells)
+    assert "Minutes of `hqq` at W2A16g64 left out" in markdown(cells)
