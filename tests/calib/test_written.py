@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from makeweight.calib import written
 from makeweight.calib.written import writing_bytes, written_tokens
+from makeweight.models.attention import speed_up
 from makeweight.models.load import open_checkpoint
 from tests.tiny import FAMILIES, tiny_folder
 
@@ -90,3 +92,16 @@ def test_every_sample_begins_with_the_token_that_the_model_needs(tmp_path: Path)
     assert written_tokens(ckpt, given(), 4, device=CPU, seed=0, start=256)[:, 0].tolist() == [256] * 4
     llama = open_checkpoint(str(tiny_folder("llama", tmp_path / "llama")))
     assert llama.start_token(llama.tokenizer()) is None
+
+
+def test_the_head_gets_inputs_that_do_not_make_torch_repeat_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Strided ones did: 57 MB for each piece of SmolLM2."""
+    seen: list[bool] = []
+
+    def watched(model: Any) -> Any:
+        speed_up(model).lm_head.register_forward_hook(lambda _, given, __: seen.append(given[0].is_contiguous()))
+        return model
+
+    monkeypatch.setattr(written, "speed_up", watched)
+    written_tokens(open_checkpoint(str(tiny_folder("llama", tmp_path / "model"))), given(), 4, device=CPU, seed=0)
+    assert seen and all(seen)

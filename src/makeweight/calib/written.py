@@ -13,6 +13,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -24,15 +25,18 @@ from makeweight.models.attention import speed_up
 from makeweight.models.checkpoint import Checkpoint
 from makeweight.numerics.memory import release_freed_memory
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 PIECE = 256
 """Tokens of a piece: long texts of small models repeat themselves, and every step reads all that came before."""
 PROMPT = 32
 """Tokens of a given sample that a piece goes on from."""
 DTYPE = torch.bfloat16
 """Of the model while it writes: enough to draw from its predictions."""
-TOGETHER = 24
-"""Pieces that are written at once: more take less time and the memory of a larger model (LOG.md)."""
-TOKENS_KEPT = 4
+TOGETHER = 64
+"""Pieces that are written at once: fewer take longer, and more only more memory (LOG.md)."""
+TOKENS_KEPT = 16
 """Tokens after which freed memory goes back: keys and values are laid out anew for each, and fit no earlier place."""
 
 Tick = Callable[[int, int], None]
@@ -57,6 +61,7 @@ def written_tokens(
     for index in range(ckpt.n_blocks):
         place(ckpt.load_block(model, index), device, DTYPE)
     place(model, device, DTYPE)
+    _lay_out_inputs_of_head(model)
     generator = torch.Generator().manual_seed(seed)
     length = min(PIECE, given_NT.shape[1])
     words = _words(ckpt)
@@ -77,6 +82,16 @@ def written_tokens(
     return behind(start, mixed.flatten()[: count * given_NT.shape[1]].view(count, -1))
 
 
+def _lay_out_inputs_of_head(model: PreTrainedModel) -> None:
+    """Give the head its inputs in one piece of memory.
+
+    The last of several tokens are strided, and torch would repeat the whole head for every one of them.
+    """
+    head = model.get_output_embeddings()
+    if head is not None:
+        head.register_forward_pre_hook(lambda _, given: (given[0].contiguous(), *given[1:]))
+
+
 def writing_bytes(ckpt: Checkpoint, seqlen: int) -> float:
     """Return bytes of all blocks, of keys and values of pieces written together (twice, as they grow), of logits."""
     config = ckpt.config.get_text_config()
@@ -85,7 +100,7 @@ def writing_bytes(ckpt: Checkpoint, seqlen: int) -> float:
     heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", 1)
     wide = getattr(config, "head_dim", None) or config.hidden_size // getattr(config, "num_attention_heads", 1)
     cache = 2 * 2 * ckpt.n_blocks * TOGETHER * min(PIECE, seqlen) * heads * wide
-    return (weights + cache) * DTYPE.itemsize + 3 * 4 * TOGETHER * config.vocab_size
+    return (weights + cache) * DTYPE.itemsize + 6 * 4 * TOGETHER * config.vocab_size
 
 
 def _words(ckpt: Checkpoint) -> Tensor:
