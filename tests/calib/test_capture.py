@@ -27,13 +27,14 @@ from transformers import (
 from makeweight.calib.capture import (
     _cast,  # pyright: ignore[reportPrivateUsage]
     _same,  # pyright: ignore[reportPrivateUsage]
-    blocks_of,
     capture,
+    check_replay,
     finish,
     for_batch,
     hidden_of,
     run_block,
 )
+from makeweight.calib.walk import blocks_of
 from makeweight.errors import UserError
 
 VOCABULARY, TOKENS = 64, 24
@@ -228,3 +229,38 @@ def test_masks_and_tables_are_cast_without_loss_or_overflow() -> None:
         for other in (torch.float16, torch.bfloat16, torch.float32):
             hidden = torch.tensor([0.0, torch.finfo(dtype).min]).to(dtype)
             assert torch.isfinite(_cast(hidden, other)).all()
+
+
+class Odd(nn.Module):
+    """A model of two blocks that goes through them `rounds` times and adds `between` before the second."""
+
+    def __init__(self, rounds: int = 1, between: float = 0.0) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, 4)
+        self.layers = nn.ModuleList([Passing(), Passing()])
+        self.rounds, self.between = rounds, between
+
+    def forward(self, input_ids: Tensor, use_cache: bool) -> Tensor:
+        hidden = self.embed(input_ids)
+        for _ in range(self.rounds):
+            for index, layer in enumerate(self.layers):
+                hidden = layer(hidden + self.between * index)
+        return hidden
+
+
+class Passing(nn.Module):
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return hidden_states
+
+
+@pytest.mark.parametrize(
+    ("odd", "why"),
+    [
+        ({"rounds": 2}, "does not call its blocks once each"),
+        ({"between": 0.5}, "changes the hidden states between its blocks"),
+    ],
+)
+def test_models_that_are_no_chain_of_blocks_are_refused(odd: dict[str, Any], why: str) -> None:
+    check_replay(Odd(), "layers")
+    with pytest.raises(UserError, match=why):
+        check_replay(Odd(**odd), "layers")

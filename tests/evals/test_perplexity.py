@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from makeweight.calib import data
-from makeweight.calib.capture import blocks_of
+from makeweight.calib.walk import blocks_of
 from makeweight.errors import UserError
 from makeweight.evals import perplexity as room
 from makeweight.evals import predictions

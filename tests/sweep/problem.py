@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from makeweight.calib.capture import blocks_of, capture
+from makeweight.calib.capture import capture
 from makeweight.calib.stream import Stream
+from makeweight.calib.walk import blocks_of
 from makeweight.methods.base import Context, GridStep, MapStep
 from makeweight.methods.grid.clip import Lwc
 from makeweight.numerics.scheme import Scheme

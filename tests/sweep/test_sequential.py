@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from makeweight.methods.base import Context, Grid
 from makeweight.methods.grid.clip import Lwc, Rtn
@@ -107,3 +108,17 @@ def test_it_rounds_what_was_learned_within_the_learned_ranges(case: Problem) -> 
     for name, tensor in fed.codes.items():
         assert torch.equal(tensor.scale_OG, learned.codes[name].scale_OG)
         assert tensor.zero_OG is not None and torch.equal(tensor.zero_OG, learned.codes[name].zero_OG)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_linear_that_no_token_reaches_is_rounded_to_nearest() -> None:
+    """As an expert may be that the router never picks; GPTQ would take its inputs for zeros."""
+    case = problem(scheme="W3A16g16", samples=4)
+    block = case.blocks[0]
+    block.module.register_module("idle", nn.Linear(32, 16, bias=False))
+    idle = replace(block, linears=(*block.linears, "idle"))
+    case = replace(case, blocks=(idle,))
+    chain = case.chain(grid=Rtn())
+    weights = rounded(case, chain, Gptq()).weights
+    torch.testing.assert_close(weights["idle"], chain.freeze().weights["idle"])
+    assert not torch.equal(weights["mlp.down_proj"], chain.freeze().weights["mlp.down_proj"])
+    assert shared_inputs(idle, case.hidden_NTD[:1])[-1] == ["idle"]

@@ -1,35 +1,25 @@
 """What enters the blocks of a model: the hidden states before block 0, and every block's keyword arguments.
 
-Nothing here runs a block to get there: each is replaced by a stand-in, so its weights may stay on the meta device.
+Nothing here runs a block to get there, so its weights may stay on the meta device.
 Shapes: N samples, B batch, T tokens, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from makeweight.calib.walk import Answer, StopForward, blocks_of, walk
 from makeweight.errors import UserError
 
-Answer = Callable[[Tensor, dict[str, Any]], Tensor]
 PROBE = 8
 """Tokens that show what a model gives its blocks."""
 _CACHES = ("past_key_values", "past_key_value", "layer_past")
 _OF_BLOCKS_DTYPE = ("position_embeddings", "attention_mask")
-
-
-class _StopForward(Exception):
-    """Ends a forward pass once everything wanted from it has been seen."""
-
-
-class _WantsTuple(Exception):
-    """The model indexed a block's output, so its blocks return tuples."""
 
 
 @dataclass(frozen=True)
@@ -71,18 +61,40 @@ def capture(
             hidden_NTD = torch.empty(shape, dtype=dtype, device=tokens_NT.device)
         hidden_NTD[done : done + len(hidden_BTD)] = hidden_BTD
         done += len(hidden_BTD)
-        raise _StopForward
+        raise StopForward
 
     answers: list[Answer] = [keep] * len(kwargs)
     for batch_BT in tokens_NT.split(batch_size):
-        _walk(model, blocks_path, batch_BT.to(device), answers)
+        walk(model, blocks_path, batch_BT.to(device), answers)
     assert hidden_NTD is not None
     return Captured(hidden_NTD, kwargs)
 
 
+@torch.no_grad()
 def check_replay(model: nn.Module, blocks_path: str) -> None:
-    """Raise the UserError that `capture` would raise for a model, on a few tokens."""
-    _arguments(model, blocks_path, torch.arange(PROBE).unsqueeze(0).to(_device_of(model)), torch.float32)
+    """Raise UserError, after passes of a few tokens, for a model that cannot be worked on block by block.
+
+    Such are those that `capture` refuses, that do not call their blocks once each, or that change what a block
+    returns before the next.
+    """
+    probe_1T = torch.arange(PROBE).unsqueeze(0).to(_device_of(model))
+    kwargs = _arguments(model, blocks_path, probe_1T, torch.float32)
+    returned: list[Tensor] = []
+
+    def answer(hidden_BTD: Tensor, _: dict[str, Any]) -> Tensor:
+        if returned and not torch.equal(hidden_BTD, returned[-1]):
+            raise UserError(
+                f"{type(model).__name__} changes the hidden states between its blocks: block-wise work needs each "
+                "block to get what the one before it returned, so choose another model."
+            )
+        returned.append(hidden_BTD + 1)
+        return returned[-1]
+
+    def first(hidden_BTD: Tensor, named: dict[str, Any]) -> Tensor:
+        returned.clear()
+        return answer(hidden_BTD, named)
+
+    walk(model, blocks_path, probe_1T, [first, *[answer] * (len(kwargs) - 1)])
 
 
 def _arguments(model: nn.Module, blocks_path: str, probe_1T: Tensor, dtype: torch.dtype) -> tuple[dict[str, Any], ...]:
@@ -111,7 +123,7 @@ def finish(model: nn.Module, blocks_path: str, hidden_BTD: Tensor) -> Tensor:
     # Any ids do: what the model computes from them before the blocks is thrown away.
     ids_BT = torch.zeros(hidden_BTD.shape[:2], dtype=torch.int64, device=hidden_BTD.device)
     blocks = blocks_of(model, blocks_path)
-    output = _walk(model, blocks_path, ids_BT, [lambda _hidden, _named: hidden_BTD] * len(blocks))
+    output = walk(model, blocks_path, ids_BT, [lambda _hidden, _named: hidden_BTD] * len(blocks))
     assert output is not None
     return output.logits
 
@@ -136,13 +148,6 @@ def hidden_of(output: Any) -> Tensor:
     return hidden
 
 
-def blocks_of(model: nn.Module, blocks_path: str) -> nn.ModuleList:
-    """The ModuleList of blocks at a dotted path such as "model.layers"."""
-    blocks = model.get_submodule(blocks_path)
-    assert isinstance(blocks, nn.ModuleList), f"{blocks_path} is a {type(blocks).__name__}"
-    return blocks
-
-
 def place(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
     """Move what is not on the meta device, and cast what the checkpoint stores; rotary tables keep their float32."""
     stored = {id(tensor) for tensor in module.state_dict(keep_vars=True).values()}
@@ -165,67 +170,6 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-class _StandIn(nn.Module):
-    """Takes the place of one block: passes the call to `answer` by name, and everything else to the real block."""
-
-    def __init__(self, block: nn.Module, answer: Answer, *, as_tuple: bool) -> None:
-        super().__init__()
-        # Not a submodule: the model must not see the real block's parameters twice, nor move or cast them.
-        object.__setattr__(self, "_block", block)
-        self._answer = answer
-        self._as_tuple = as_tuple
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["_block"], name)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
-        hidden_BTD, named = _bind(self.__dict__["_block"], args, kwargs)
-        if hidden_BTD.ndim < 3:
-            raise _WantsTuple
-        answer = self._answer(hidden_BTD, named)
-        return (answer,) if self._as_tuple else answer
-
-
-def _bind(block: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-    """Give positional arguments the names of the block's signature, and part the hidden states from the rest."""
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    names = [p.name for p in inspect.signature(block.forward).parameters.values() if p.kind in positional]
-    assert len(args) <= len(names), f"{type(block).__name__} takes {len(names)} positional arguments, got {len(args)}"
-    named = dict(zip(names, args, strict=False)) | dict(kwargs)
-    return cast(Tensor, named.pop(names[0])), named
-
-
-@contextmanager
-def _replaced(blocks: nn.ModuleList, stand_ins: Sequence[nn.Module]) -> Iterator[None]:
-    originals = list(blocks)
-    try:
-        for index, stand_in in enumerate(stand_ins):
-            blocks[index] = stand_in
-        yield
-    finally:
-        for index, original in enumerate(originals):
-            blocks[index] = original
-
-
-def _walk(model: nn.Module, blocks_path: str, tokens_BT: Tensor, answers: Sequence[Answer]) -> Any:
-    """Run the model with stand-ins for its blocks; its output, or None where an answer stopped the pass."""
-    blocks = blocks_of(model, blocks_path)
-    # Current blocks return a tensor; older families return a tuple, and indexing a tensor instead costs it a dimension.
-    for as_tuple in (False, True):
-        stand_ins = [_StandIn(b, a, as_tuple=as_tuple) for b, a in zip(blocks, answers, strict=True)]
-        with _replaced(blocks, stand_ins):
-            try:
-                return model(input_ids=tokens_BT, use_cache=False)
-            except _StopForward:
-                return None
-            except _WantsTuple:
-                continue
-    raise AssertionError(f"{type(model).__name__} accepts neither a tensor nor a tuple from its blocks")
-
-
 def _dry_run(model: nn.Module, blocks_path: str, probe_1T: Tensor, dtype: torch.dtype) -> tuple[dict[str, Any], ...]:
     """The keyword arguments of every block for one sample."""
     count = len(blocks_of(model, blocks_path))
@@ -236,12 +180,12 @@ def _dry_run(model: nn.Module, blocks_path: str, probe_1T: Tensor, dtype: torch.
         def answer(hidden_BTD: Tensor, named: dict[str, Any]) -> Tensor:
             seen[index] = {name: _clean(name, value, dtype, cleaned) for name, value in named.items()}
             if index == count - 1:
-                raise _StopForward
+                raise StopForward
             return hidden_BTD
 
         return answer
 
-    _walk(model, blocks_path, probe_1T, [recorder(index) for index in range(count)])
+    walk(model, blocks_path, probe_1T, [recorder(index) for index in range(count)])
     return tuple(seen[index] for index in range(count))
 
 

@@ -27,7 +27,11 @@ class Moments:
     found: dict[str, Tensor] = field(default_factory=dict)
 
     def moment(self, name: str) -> Tensor:
-        """Return the mean over tokens of x x^T for the inputs x of a linear, (I, I) fp32."""
+        """Return the mean over tokens of x x^T for the inputs x of a linear, (I, I) fp32.
+
+        A linear that no token reaches, as some expert may be, is judged as if its inputs were independent of each
+        other and of one size: every weight counts the same.
+        """
         if not self.found:
             self.gather(shared_inputs(self.block, self.hidden_NTD[:1].to(self.device)))
         return self.found[name]
@@ -48,12 +52,19 @@ class Moments:
                 self.block(part_BTD.to(self.device), self.weights)
         tokens = self.hidden_NTD.shape[0] * self.hidden_NTD.shape[1]
         for names in groups:
-            self.found |= dict.fromkeys(names, sums[names[0]] / tokens)
+            moment = sums[names[0]] / tokens if names[0] in sums else self._independent(names[0])
+            self.found |= dict.fromkeys(names, moment)
+
+    def _independent(self, name: str) -> Tensor:
+        return torch.eye(self.weights[name].shape[1], device=self.device)
 
 
 @torch.no_grad()
 def shared_inputs(block: Block, hidden_BTD: Tensor) -> list[list[str]]:
-    """Return the linears in the order in which they are called, those that read the same tensor together."""
+    """Return the linears in the order in which they are called, those that read the same tensor together.
+
+    Linears that are not called for these hidden states follow one by one.
+    """
     seen: list[tuple[Tensor, list[str]]] = []
 
     def note(name: str, given: Tensor) -> None:
@@ -65,7 +76,8 @@ def shared_inputs(block: Block, hidden_BTD: Tensor) -> list[list[str]]:
 
     with _on_inputs(block, block.linears, note):
         block(hidden_BTD)
-    return [names for _, names in seen]
+    called = [names for _, names in seen]
+    return called + [[name] for name in block.linears if not any(name in names for names in called)]
 
 
 @contextmanager
