@@ -132,6 +132,7 @@ def test_dry_run(ran: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
     ("line", "says"),
     [
         ("quantize", "--model is missing"),
+        ("quantize folder", "(folder): name what it is, as in --model FOLDER."),
         ("quantize --model m --bits 9", "choose 2 to 8"),
         ("quantize --model m --bits four", "--bits"),
         ("quantize --model m --bitss 4", "--bits"),
@@ -265,18 +266,8 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_normalize() -> None:
-    words = ["quantize", "--group_size", "64", "--eval_dataset=my_text.txt", "my_model", "--lr", "a_b=1", "--", "--x_y"]
-    wanted = [
-        "quantize",
-        "--group-size",
-        "64",
-        "--eval-dataset=my_text.txt",
-        "my_model",
-        "--lr",
-        "a_b=1",
-        "--",
-        "--x_y",
-    ]
+    words = "quantize --group_size 64 --eval_dataset=my_text.txt my_model --lr a_b=1 -- --x_y".split()
+    wanted = "quantize --group-size 64 --eval-dataset=my_text.txt my_model --lr a_b=1 -- --x_y".split()
     assert normalize(words) == wanted
 
 

@@ -54,7 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         place = error.filename or "the system"
         return _refuse(f"{place} gives an error ({error.strerror or error}): check path, permissions and free space.")
     except typer.TyperException as error:
-        return _refuse(error.format_message().rstrip(".") + ".")
+        said = error.format_message().rstrip(".")
+        bare = words[0] == "quantize" and "extra argument" in said
+        return _refuse(f"{said}: name what it is, as in --model FOLDER." if bare else f"{said}.")
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
