@@ -99,7 +99,7 @@ def main() -> None:
     hosts, results, shared = tuple(sys.argv[1:]) or (*RANGES, *LEARNING), Results("hosts"), Results("ablation").cells
     for host, added, scheme, seed in every_cell(hosts):
         name = name_of(host, added, scheme, seed)
-        if name in shared and name not in results.cells:
+        if name in shared and results.cells.get(name) != shared[name]:
             results.keep(name, shared[name])
         out = str(WORK / "hosts" / name.replace("/", "-"))
         # Nothing here needs the original's predictions, which would double the time of evaluating.

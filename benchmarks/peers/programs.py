@@ -56,6 +56,5 @@ PROGRAMS: dict[str, Program] = {
 
 NOT_RUN = {
     "GPTQModel": "7.7.0 requires torch >= 2.14.1, and all others run on 2.13.0",
-    "auto-round with `enable_alg_ext`": "it acts on symmetric grids; asymmetric weights were equal after two steps",
 }
 """What one would expect in the table, and why it is not there."""

@@ -84,7 +84,19 @@ def _notes(cells: Mapping[str, Mapping[str, Any]], order: Sequence[str]) -> str:
     ]
     lines += _remarks(cells, order)
     lines += [f"- Not run: {name}; {reason}." for name, reason in NOT_RUN.items()]
+    lines += [f"- Not run yet at {setting}: {', '.join(names)}." for setting, names in _missing(cells).items()]
     return "\n".join(lines)
+
+
+def _missing(cells: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Return the runs that are to come in the settings of the race, by setting."""
+    found = {
+        setting: [
+            f"`{name}`" for name, run in RUNS.items() if setting in run.settings and f"{setting}/{name}" not in cells
+        ]
+        for setting in SETTINGS
+    }
+    return {setting: names for setting, names in found.items() if names}
 
 
 def _remarks(cells: Mapping[str, Mapping[str, Any]], order: Sequence[str]) -> list[str]:

@@ -162,6 +162,9 @@ def test_table() -> None:
     assert len({line.count("|") for line in lines[:6]}) == 1
     assert "128 x 512 tokens; threads: 2" in markdown(cells)
     assert "Not run: GPTQModel" in markdown(cells)
+    (missing,) = (line for line in markdown(cells).splitlines() if line.startswith("- Not run yet at W2A16g64: "))
+    assert "`auto-round-best`" in missing and "`lwc+sde+cl`" in missing and "`lwc`," not in missing
+    assert all("auto-round-best" not in line for line in markdown(cells).splitlines() if "yet at W4A16" in line)
     assert "slower" not in markdown(cells)
     cells["W2A16g64/hqq"] |= {"rate_gflops": 400, "note": "its note"}
     assert "Minutes of `lwc` at W2A16g64 left out: of a slower or unknown machine." in markdown(cells)

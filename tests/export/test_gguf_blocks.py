@@ -194,4 +194,4 @@ def test_refusals(facts: Facts, clause: str) -> None:
 
 def test_the_gguf_package_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert "pip install makeweight[gguf]" in (Gguf().refusal(facts_of("W4A16g64_sym")) or "")
+    assert "pip install gguf" in (Gguf().refusal(facts_of("W4A16g64_sym")) or "")

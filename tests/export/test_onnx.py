@@ -147,4 +147,4 @@ def test_what_is_held() -> None:
 
 def test_a_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert "run `pip install makeweight[onnx]`" in str(Onnx().refusal(facts()))
+    assert "run `pip install onnx`" in str(Onnx().refusal(facts()))

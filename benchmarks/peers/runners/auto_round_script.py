@@ -25,13 +25,12 @@ def quantize(job: dict[str, Any]) -> None:
         AutoTokenizer.from_pretrained(job["model"]),
         bits=job["bits"],
         group_size=job["group_size"],
-        sym=False,
         dataset=list(tokens_NT.split(1)),
         nsamples=tokens_NT.shape[0],
         seqlen=tokens_NT.shape[1],
         device_map="cpu",
         seed=job["seed"],
-        **job["options"],
+        **{"sym": False, **job["options"]},
     )
     saved = engine.quantize_and_save(str(Path(job["out"]) / "saved"), format="fake")[1]
     Path(saved[0] if isinstance(saved, list) else saved).rename(Path(job["out"]) / "dense")

@@ -220,9 +220,7 @@ def _read_parquet(path: Path) -> list[str]:
         import pyarrow
         import pyarrow.parquet as parquet
     except ImportError as error:
-        raise UserError(
-            f"{path} needs pyarrow to be read: pip install 'makeweight[data]', or give a .txt or .jsonl."
-        ) from error
+        raise UserError(f"{path} needs pyarrow to be read: pip install pyarrow, or give a .txt or .jsonl.") from error
     try:
         with parquet.ParquetFile(path) as file:
             columns: list[str] = file.schema_arrow.names

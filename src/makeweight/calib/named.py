@@ -100,9 +100,7 @@ def _download(name: str, part: str) -> list[str]:
     try:
         from datasets import load_dataset
     except ImportError as error:
-        raise UserError(
-            f"{name} needs the package datasets: pip install 'makeweight[data]', or give {_LOCAL}."
-        ) from error
+        raise UserError(f"{name} needs the package datasets: pip install datasets, or give {_LOCAL}.") from error
     limit = hub.limit.get(part)
     files = {part: hub.parts[part]} if hub.parts[part] else None
     try:

@@ -43,7 +43,7 @@ class Gguf(Format):
 
     def refusal(self, facts: Facts) -> str | None:  # noqa: D102
         if importlib.util.find_spec("gguf") is None:
-            return "the gguf package is missing, run `pip install makeweight[gguf]`"
+            return "the gguf package is missing, run `pip install gguf`"
         if facts.architecture not in FAMILIES:
             return f"{facts.architecture} is not among {', '.join(FAMILIES)}"
         block = gguf_blocks.block_for(facts)

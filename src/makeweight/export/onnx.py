@@ -182,7 +182,7 @@ class Onnx(Format):
         if facts.config and (reason := graph.misfit(_config(facts.config))):
             return reason
         if importlib.util.find_spec("onnx") is None:
-            return "the onnx package is missing, run `pip install makeweight[onnx]`"
+            return "the onnx package is missing, run `pip install onnx`"
         return None
 
     def write(self, solved: Solved, folder: Path) -> None:  # noqa: D102

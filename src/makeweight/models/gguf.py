@@ -63,7 +63,7 @@ def to_folder(file: Path) -> Path:
             raise UserError(f"{file} is not a GGUF file: give a .gguf file or a Hugging Face model folder.")
     for package in ("gguf", "accelerate"):
         if importlib.util.find_spec(package) is None:
-            raise UserError(f"{file} cannot be read without {package}: run `pip install makeweight[gguf]`.")
+            raise UserError(f"{file} cannot be read without {package}: run `pip install {package}`.")
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     target = cache_folder() / f"{digest[:16]}-{CONVERSION}"
