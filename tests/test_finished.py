@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -9,12 +10,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from makeweight import pipeline
 from makeweight.errors import UserError
 from makeweight.export.folder import MARKER, Folder
+from makeweight.export.solved import Solved
 from makeweight.job import Job
 from makeweight.models.checkpoint import Checkpoint
+from makeweight.models.load import open_checkpoint
+from makeweight.numerics.scheme import ScaleDtype, Scheme
 from makeweight.pipeline import quantize
 from makeweight.recipe import Calib, Eval, Recipe, Tune
 from makeweight.report.record import Record
@@ -138,3 +144,51 @@ def test_a_run_that_died_of_memory_goes_on_with_less_of_it(llama: Path, text: Pa
     kept = replace(recipe, options={"e2e": {"recompute": False}})
     other = replace(recipe, options={"e2e": {"norms": False}})
     assert Job.prepare(kept).identity() == Job.prepare(recipe).identity() != Job.prepare(other).identity()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale_dtype"),
+    [
+        (torch.float32, "auto"),
+        (torch.float16, "bfloat16"),
+        (torch.bfloat16, "float16"),
+        (torch.bfloat16, "auto"),
+        (torch.float16, "float32"),
+    ],
+)
+def test_transformers_decodes_what_was_solved(
+    text: Path, tmp_path: Path, dtype: torch.dtype, scale_dtype: ScaleDtype
+) -> None:
+    """It multiplies in the dtype of the scales: one that is narrower than the weights would round them once more."""
+    source = tiny_folder("llama", tmp_path / "source", dtype=dtype)
+    for scheme in (Scheme(bits=4, group_size=16), Scheme(bits=8, group_size=16)):
+        scheme = replace(scheme, scale_dtype=scale_dtype)
+        changes = {"method": "rtn", "scheme": scheme, "eval": NOT_MEASURED}
+        record = quantize(small(source, tmp_path / f"out-{scheme.bits}", text, **changes))
+        theirs = AutoModelForCausalLM.from_pretrained(record.path, dtype="auto").state_dict()
+        ours = open_checkpoint(record.path)
+        for name, tensor in ours.block_state(0).items():
+            assert torch.equal(tensor, theirs[f"model.layers.0.{name}"]), name
+        assert ours.dtype == dtype
+
+
+def test_an_embedding_that_is_wider_does_not_change_the_dtype(text: Path, tmp_path: Path) -> None:
+    source = tiny_folder("llama", tmp_path / "source", dtype=torch.bfloat16)
+    stored = load_file(source / "model.safetensors")
+    outside = {name: tensor.float() if "layers" not in name else tensor for name, tensor in stored.items()}
+    save_file(outside, source / "model.safetensors", {"format": "pt"})
+    record = quantize(small(source, tmp_path / "out", text, method="rtn", eval=NOT_MEASURED))
+    assert open_checkpoint(source).dtype == open_checkpoint(record.path).dtype == torch.bfloat16
+    assert Solved(record.path).dtype == torch.bfloat16
+
+
+def test_a_folder_that_was_moved(llama: Path, text: Path, tmp_path: Path) -> None:
+    recipe = small(llama, tmp_path / "out", text, method="rtn", eval=NOT_MEASURED)
+    done = quantize(recipe)
+    (tmp_path / "out").rename(tmp_path / "other")
+    assert quantize(replace(recipe, out=str(tmp_path / "other"))).path == str(tmp_path / "other")
+    config = tmp_path / "other" / "config.json"
+    config.write_text(json.dumps({"architectures": ["LlamaForCausalLM"]}))
+    with pytest.raises(UserError, match="has lost its quantization_config"):
+        _ = Solved(tmp_path / "other").ignore
+    assert done.path == str(tmp_path / "out")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from makeweight.errors import UserError
-from makeweight.options import evaluated, parse_option, parse_rate, rates
-from makeweight.recipe import Recipe, Tune
+from makeweight.options import evaluated, evaluation, parse_option, parse_rate, rates
+from makeweight.recipe import Eval, Recipe, Tune
 
 
 def test_parse_option() -> None:
@@ -33,6 +35,15 @@ def test_evaluation_can_be_left_out() -> None:
     assert evaluated(["a"], no_eval=False) == ("a",)
     with pytest.raises(UserError, match="--no-eval and --eval-dataset say opposite things"):
         evaluated(["a"], no_eval=True)
+
+
+def test_windows_for_each_text_go_with_the_texts() -> None:
+    saved = Eval(datasets=("a", "b"), windows=(1, 2))
+    assert evaluation(saved, None, None, None) == saved
+    assert evaluation(saved, ("a", "b"), None, 64) == replace(saved, seqlen=64)
+    assert evaluation(saved, (), None, None) == replace(saved, datasets=(), windows=None)
+    assert evaluation(saved, ("c",), None, None) == replace(saved, datasets=("c",), windows=None)
+    assert evaluation(saved, ("c",), 3, None) == replace(saved, datasets=("c",), windows=3)
 
 
 def test_a_rate_that_is_set_takes_the_place_of_a_saved_one() -> None:

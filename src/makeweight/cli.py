@@ -144,7 +144,7 @@ def quantize(
         blocks=parse_blocks(blocks) if blocks is not None else None,
         calib=options.changed(base.calib, **text),
         tune=options.changed(base.tune, steps=steps, batch_size=batch_size, device=device, rates=rates),
-        eval=options.changed(base.eval, datasets=texts, windows=eval_windows, seqlen=eval_seqlen),
+        eval=options.evaluation(base.eval, texts, eval_windows, eval_seqlen),
         out=out,
         seed=seed,
         options=options.settings(base, option),

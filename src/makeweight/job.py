@@ -140,11 +140,16 @@ class Job:
         tokens = b"" if self.tokens_NT is None else self.tokens_NT.numpy().tobytes()
         return hashlib.sha256(text.encode() + tokens).hexdigest()
 
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """The dtype of scales."""
+        named, stored = self.recipe.scheme.scale_dtype, self.ckpt.dtype
+        automatic = torch.float16 if stored == torch.float32 else stored
+        return automatic if named == "auto" else getattr(torch, named)
+
     def solver(self) -> Solver:
         """Return what solves one block."""
-        recipe, tune, stored = self.recipe, self.cut.tune, self.ckpt.dtype
-        named = recipe.scheme.scale_dtype
-        automatic = torch.float16 if stored == torch.float32 else stored
+        recipe, tune = self.recipe, self.cut.tune
         return Solver(
             steps=Steps(exact=self.plan.exact, maps=self.plan.maps, grid=self.plan.grid),
             rounding=self.plan.rounding,
@@ -158,14 +163,15 @@ class Job:
                 dtype=getattr(torch, tune.dtype),
                 spec=self.ckpt.spec,
                 config=self.ckpt.config,
-                scale_dtype=automatic if named == "auto" else getattr(torch, named),
+                scale_dtype=self.scale_dtype,
             ),
         )
 
     def store(self, folder: Folder) -> Store:
         """Return the blocks that a folder holds of this run."""
         dtype = getattr(torch, self.recipe.tune.dtype)
-        return Store(ckpt=self.ckpt, folder=folder, scheme=self.recipe.scheme, dtype=dtype)
+        scheme, scale_dtype = self.recipe.scheme, self.scale_dtype
+        return Store(ckpt=self.ckpt, folder=folder, scheme=scheme, dtype=dtype, scale_dtype=scale_dtype)
 
     def config(self) -> dict[str, Any]:
         """Return config.json: the model's own, with the quantization described."""

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from makeweight.effort import with_effort
 from makeweight.errors import UserError
 from makeweight.numerics.scheme import Scheme
-from makeweight.recipe import Option, Recipe
+from makeweight.recipe import Eval, Option, Recipe
 
 T = TypeVar("T")
 
@@ -79,6 +79,13 @@ def evaluated(given: list[str] | None, *, no_eval: bool) -> tuple[str, ...] | No
     if no_eval and given:
         raise UserError("--no-eval and --eval-dataset say opposite things: give one of the two.")
     return () if no_eval else names(given)
+
+
+def evaluation(base: Eval, texts: tuple[str, ...] | None, windows: int | None, seqlen: int | None) -> Eval:
+    """Change what is evaluated; counts of windows for each text are for the texts that they were given with."""
+    if texts not in (None, base.datasets) and windows is None and isinstance(base.windows, tuple):
+        base = replace(base, windows=None)
+    return changed(base, datasets=texts, windows=windows, seqlen=seqlen)
 
 
 def words(given: list[str] | None) -> tuple[str, ...] | None:

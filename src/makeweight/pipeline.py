@@ -177,7 +177,7 @@ class Run:
         if problems := manifest.check(folder.path, kinds=(".safetensors",)):
             raise UserError(f"{folder.path} is not what was solved: {' '.join(problems)} {REPAIR}")
         try:
-            record = Record.load(folder.path)
+            record = replace(Record.load(folder.path), path=str(folder.path))  # it may have been moved
         except (OSError, ValueError, KeyError, TypeError):
             return None  # what was measured can be measured again
         return record if record.recipe["eval"] == recipe_data(job.recipe)["eval"] else None

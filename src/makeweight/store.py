@@ -21,12 +21,13 @@ from makeweight.sweep.run import Committed
 
 @dataclass(frozen=True, kw_only=True)
 class Store:
-    """The blocks of one run in its folder; `dtype` is that of the forward pass."""
+    """The blocks of one run in its folder; `dtype` is that of the forward pass, `scale_dtype` that of solved scales."""
 
     ckpt: Checkpoint
     folder: Folder
     scheme: Scheme
     dtype: torch.dtype
+    scale_dtype: torch.dtype
 
     def keep(self, index: int) -> None:
         """Write a block that is not quantized, bit for bit."""
@@ -35,8 +36,9 @@ class Store:
     def commit(self, index: int, committed: Committed) -> None:
         """Write a block's shard, once what is read back from it decodes to what was solved."""
         names, tensors, codes = self.ckpt.block_names(index), self._original(index), committed.codes
+        stored_as = {name: compressed_tensors.widened(tensor, self.ckpt.dtype) for name, tensor in codes.items()}
         tensors |= {names[name]: tensor.cpu() for name, tensor in committed.rest.items()}
-        for name, tensor in codes.items():
+        for name, tensor in stored_as.items():
             stored = names[f"{name}.weight"]
             del tensors[stored]
             tensors |= compressed_tensors.pack(stored.removesuffix(".weight"), tensor)
@@ -49,7 +51,7 @@ class Store:
 
         digest = {name: tensor.digest() for name, tensor in codes.items()}
         digest |= {name: tensor_hash(tensor) for name, tensor in committed.rest.items()}
-        bits = {name: [tensor.bits_per_weight(), tensor.codes_OI.numel()] for name, tensor in codes.items()}
+        bits = {name: [tensor.bits_per_weight(), tensor.codes_OI.numel()] for name, tensor in stored_as.items()}
         self.folder.write(index + 1, tensors, {**committed.report, "digest": digest, "bits": bits}, verify)
 
     def refine(self, index: int, learned: Mapping[str, Tensor]) -> None:
@@ -79,6 +81,7 @@ class Store:
         tensors, codes = self.folder.read(index + 1), {}
         for name, (linear, parts) in self._parts(index, tensors).items():
             codes_OI, scale_OG, zero_OG = packed.unpack(parts, (self.scheme.bits,), linear)
+            scale_OG = scale_OG.to(self.scale_dtype)  # which holds them exactly
             codes[name] = QTensor(codes_OI=codes_OI, scale_OG=scale_OG, zero_OG=zero_OG, scheme=self.scheme)
         # A linear of 8-bit codes lies under the name of its weight: it is no parameter beside the codes.
         names = self.ckpt.block_names(index)

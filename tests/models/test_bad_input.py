@@ -126,6 +126,14 @@ def test_an_index_of_something_else(folder: Path) -> None:
     assert "has no weight_map" in refused(folder)
 
 
+def test_a_whole_file_beside_an_index_is_the_model(tmp_path: Path) -> None:
+    """It is what transformers reads, whichever of the two an earlier save has left."""
+    folder = tiny_folder("llama", tmp_path / "tiny", seed=1)
+    wanted = open_checkpoint(folder).block_state(0)
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in open_checkpoint(folder).block_state(0).items())
+
+
 def test_quantization_that_is_described_wrongly(folder: Path) -> None:
     file = folder / "config.json"
     config = json.loads(file.read_text())

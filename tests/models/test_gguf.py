@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig
 
 from makeweight.errors import UserError
@@ -154,13 +157,13 @@ def test_what_a_file_says_goes_into_the_configuration(tmp_path: Path) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    said = gguf._Said(rope_parameters(GGUFReader(tmp_path / "model.gguf")), ())
+    said = gguf._Said(0, rope_parameters(GGUFReader(tmp_path / "model.gguf")), ())
     coder = AutoConfig.for_model("starcoder2")
     assert coder.rope_parameters["rope_theta"] == 10000.0, "what transformers takes where nobody tells it"
     gguf._complete(coder, tmp_path / "model.gguf", said)
     assert coder.rope_parameters["rope_theta"] == 1e6
     gemma = AutoConfig.for_model("gemma2", num_hidden_layers=46, hidden_size=4608, num_attention_heads=32)
-    gguf._complete(gemma, tmp_path / "model.gguf", gguf._Said({}, ()))
+    gguf._complete(gemma, tmp_path / "model.gguf", gguf._Said(0, {}, ()))
     assert gemma.query_pre_attn_scalar == 144
 
 
@@ -187,6 +190,46 @@ def test_missing_tensors_are_not_made_up(tmp_path: Path, cache: Path, monkeypatc
     with pytest.raises(UserError, match=r"lacks model\.layers\.0\.mlp\.up_proj\.weight"):
         open_checkpoint(_write(tmp_path / "model.gguf"))
     assert list(cache.iterdir()) == []
+
+
+def test_what_would_be_refused_is_not_converted_first(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import transformers
+
+    monkeypatch.setattr(
+        transformers.AutoConfig, "from_pretrained", lambda *_, **__: AutoConfig.for_model("qwen3_moe", num_experts=4)
+    )
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(UserError, match="mixture of experts"):
+        open_checkpoint(_write(tmp_path / "model.gguf"))
+    assert list(cache.iterdir()) == []
+
+
+def test_the_disk_of_the_cache(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers
+
+    file = _write(tmp_path / "model.gguf")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=511))
+    with pytest.raises(UserError, match=r"needs 0\.0 GB .*\$MAKEWEIGHT_CACHE"):
+        open_checkpoint(file)
+    monkeypatch.undo()
+    monkeypatch.setenv("MAKEWEIGHT_CACHE", str(cache))
+
+    def full(folder: Path) -> None:
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    model = SimpleNamespace(config=AutoConfig.for_model("llama"), state_dict=dict, save_pretrained=full)
+    monkeypatch.setattr(
+        transformers.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: (model, {"missing_keys": ()})
+    )
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: None)
+    left = gguf.cache_folder() / f"{hashlib.sha256(file.read_bytes()).hexdigest()[:16]}-{gguf.CONVERSION}.part.x"
+    left.mkdir()
+    with pytest.raises(OSError, match="No space left"):
+        open_checkpoint(file)
+    assert list(cache.iterdir()) == [], "nor is there what a killed process left"
 
 
 def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,6 +64,9 @@ def test_divergences_have_columns_where_they_were_measured() -> None:
     assert "likeliest" not in " ".join(verdict)
     said = " ".join(printed(a_record(perplexities=tuple(apart)))[-1])
     assert "and the likeliest next token is the original's 91 % of the time." in said
+    apart[1] = replace(apart[1], same_top=0.35)
+    said = a_record(perplexities=tuple(apart)).verdict()
+    assert "perplexity on wiki went" in said and "and on code the likeliest next token is the original's 35 %" in said
 
 
 def test_several_runs_keep_their_order_and_the_last_is_judged() -> None:

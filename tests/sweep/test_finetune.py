@@ -43,7 +43,7 @@ def a_recipe(model: Path, out: Path, text: Path, **changes: Any) -> Recipe:
 def tuner_of(recipe: Recipe, folder: Path, step: E2e) -> Finetune:
     """Prepare to learn what a finished folder without learning holds."""
     job = Job.prepare(replace(recipe, out=f"{folder}-tuned"))
-    store = Store(ckpt=job.ckpt, folder=Folder(folder, 4), scheme=recipe.scheme, dtype=torch.bfloat16)
+    store = job.store(Folder(folder, 4))
     assert job.tokens_NT is not None
     solved = {index: store.solved(index) for index in job.blocks}
     return Finetune(

@@ -8,6 +8,7 @@ one. With 8-bit activations codes are stored as int8, and the runtime rounds wha
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +26,15 @@ if TYPE_CHECKING:
 TOKENS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
 VERSION = "0.18.0"
 """The oldest compressed-tensors that reads these files at every width."""
+
+
+def widened(tensor: QTensor, dtype: torch.dtype) -> QTensor:
+    """Return a matrix as it is stored in a model of `dtype`, with scales that are no narrower than its weights.
+
+    Runtimes multiply in the dtype of the scales: where that were a narrower one, or another of the same width, they
+    would round every weight once more than was solved.
+    """
+    return replace(tensor, scale_OG=tensor.scale_OG.to(torch.promote_types(tensor.scale_OG.dtype, dtype)))
 
 
 def pack(name: str, tensor: QTensor) -> dict[str, Tensor]:

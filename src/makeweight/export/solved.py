@@ -78,7 +78,10 @@ class Solved:
     @cached_property
     def ignore(self) -> tuple[str, ...]:
         """The linears that were not quantized."""
-        return tuple(read_json(self.path / "config.json")["quantization_config"]["ignore"])
+        described = read_json(self.path / "config.json").get("quantization_config")
+        if not isinstance(described, dict) or "ignore" not in described:
+            raise UserError(f"{self.path}/config.json has lost its quantization_config: {REPAIR}")
+        return tuple(described["ignore"])
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -103,8 +106,8 @@ class Solved:
 
     @cached_property
     def dtype(self) -> torch.dtype:
-        """The dtype of most of what was kept."""
-        found = self.shards.float_dtype()
+        """The model's dtype."""
+        found = self.shards.float_dtype(self.config.get("dtype") or self.config.get("torch_dtype"))
         assert found is not None, "norms and embeddings are never quantized"
         return found
 

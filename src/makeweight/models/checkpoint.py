@@ -69,7 +69,7 @@ class Checkpoint:
         self._check_names()
 
     def _stored_dtype(self) -> torch.dtype:
-        most = self._shards.float_dtype()
+        most = self._shards.float_dtype(self.config.dtype)
         if most is None:
             raise UserError(f"{self.path} holds no floating-point weights: give an unquantized model.")
         return torch.float32 if most == torch.float64 else most

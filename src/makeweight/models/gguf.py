@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.util
 import io
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from makeweight.errors import UserError
 from makeweight.models.gguf_rope import UnknownScaling, rope_parameters
+from makeweight.models.registry import empty_model, spec_for
 from makeweight.models.shards import first_line
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+
+T = TypeVar("T")
 
 MAGIC = b"GGUF"
 CONVERSION = 2
@@ -56,7 +60,8 @@ def to_folder(file: Path) -> Path:
 
     The folder is named after the file's sha256 and the way it is converted, written beside its place and renamed, so
     it is whole if it exists.
-    Raises `UserError` for a file that is not GGUF, is cut short, needs missing packages or an unknown architecture.
+    Raises `UserError` for a file that is not GGUF, is cut short, needs missing packages or an unknown architecture,
+    and where the cache's disk has no room for it.
     """
     with file.open("rb") as stream:
         if stream.read(4) != MAGIC:
@@ -71,13 +76,47 @@ def to_folder(file: Path) -> Path:
         return target
     said = _check(file)
     target.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f"{target.name}.part.", dir=target.parent))
-    try:
-        _convert(file, part, said)
-        _publish(part, target)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    with _alone(target):
+        if target.is_dir():
+            return target
+        _check_disk(file, said, target.parent)
+        part = Path(tempfile.mkdtemp(prefix=f"{target.name}.part.", dir=target.parent))
+        try:
+            _convert(file, part, said)
+            _publish(part, target)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
     return target
+
+
+@contextmanager
+def _alone(target: Path) -> Iterator[None]:
+    """Wait for other processes that convert, and delete what a killed one has left of the same file.
+
+    Systems and disks that know no such lock do without both.
+    """
+    handle = None
+    with suppress(ImportError, OSError):  # no fcntl on Windows, no locks on some network disks
+        import fcntl
+
+        handle = os.open(target.parent, os.O_RDONLY)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        for left in target.parent.glob(f"{target.name}.part.*"):
+            shutil.rmtree(left, ignore_errors=True)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def _check_disk(file: Path, said: _Said, folder: Path) -> None:
+    wanted, free = 2 * said.weights, shutil.disk_usage(folder).free
+    if free < wanted:
+        raise UserError(
+            f"{file} needs {wanted / 1e9:.1f} GB as a folder of 16-bit weights and {folder} has {free / 1e9:.1f} GB "
+            "free: free some, or name a folder on another disk in $MAKEWEIGHT_CACHE."
+        )
 
 
 def _publish(part: Path, target: Path) -> None:
@@ -91,8 +130,9 @@ def _publish(part: Path, target: Path) -> None:
 
 @dataclass(frozen=True)
 class _Said:
-    """What a file says that transformers does not read: of rotary positions, and the names of its biases."""
+    """How many weights a file has, and what transformers does not read: rotary positions, the names of its biases."""
 
+    weights: int
     positions: dict[str, Any]
     biases: tuple[str, ...]
 
@@ -119,7 +159,8 @@ def _check(file: Path) -> _Said:
     if parts is not None and parts.contents() > 1:
         raise UserError(f"{file} is one part of a split model: merge the parts first (llama-gguf-split --merge).")
     try:
-        return _Said(rope_parameters(reader), tuple(item.name for item in tensors if item.name.endswith(".bias")))
+        biases = tuple(item.name for item in tensors if item.name.endswith(".bias"))
+        return _Said(sum(int(item.n_elements) for item in tensors), rope_parameters(reader), biases)
     except UnknownScaling as error:
         raise UserError(
             f"{file} scales its rotary positions in a way that cannot be read from GGUF files ({error}): "
@@ -128,23 +169,20 @@ def _check(file: Path) -> _Said:
 
 
 def _convert(file: Path, folder: Path, said: _Said) -> None:
+    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     arguments: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
     with _quiet():
-        try:
-            config = AutoConfig.from_pretrained(file.parent, **arguments)
-            for flag, ending in BIASES.items():
-                if hasattr(config, flag) and any(name.endswith(ending) for name in said.biases):
-                    setattr(config, flag, True)
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                file.parent, config=config, dtype=torch.bfloat16, output_loading_info=True, **arguments
-            )
-            tokenizer = AutoTokenizer.from_pretrained(file.parent, **arguments)
-        except (ValueError, KeyError, OSError, ImportError, NotImplementedError, RuntimeError) as error:
-            raise UserError(
-                f"{file} cannot be converted by transformers ({first_line(error)}): give a Hugging Face folder."
-            ) from error
+        config = _by_transformers(file, lambda: AutoConfig.from_pretrained(file.parent, **arguments))
+        for flag, ending in BIASES.items():
+            if hasattr(config, flag) and any(name.endswith(ending) for name in said.biases):
+                setattr(config, flag, True)
+        config.dtype = torch.bfloat16
+        spec_for(config, empty_model(config))  # refuses, before the weights are read, what would be refused afterwards
+        loading = {"config": config, "dtype": torch.bfloat16, "output_loading_info": True, **arguments}
+        loaded: Any = _by_transformers(file, lambda: AutoModelForCausalLM.from_pretrained(file.parent, **loading))
+        tokenizer = _by_transformers(file, lambda: AutoTokenizer.from_pretrained(file.parent, **arguments))
         model, found = loaded
         if missing := sorted({*found["missing_keys"]} - {*(getattr(model, "all_tied_weights_keys", None) or {})}):
             raise UserError(f"{file} lacks {missing[0]}, which transformers would make up: give a complete model.")
@@ -158,8 +196,20 @@ def _convert(file: Path, folder: Path, said: _Said) -> None:
         if hasattr(model.config, "quantization_config"):
             delattr(model.config, "quantization_config")
         model.config.dtype = torch.bfloat16
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        try:
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        except SafetensorError as error:  # as for any file that the disk does not take
+            raise OSError(errno.EIO, first_line(error), str(folder)) from error
+
+
+def _by_transformers(file: Path, read: Callable[[], T]) -> T:
+    try:
+        return read()
+    except (ValueError, KeyError, OSError, ImportError, NotImplementedError, RuntimeError) as error:
+        raise UserError(
+            f"{file} cannot be converted by transformers ({first_line(error)}): give a Hugging Face folder."
+        ) from error
 
 
 def _complete(config: PretrainedConfig, file: Path, said: _Said) -> None:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 _HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+_HUB_COPIES = ["*/*", "consolidated*.safetensors"]
+"""Other copies of the same weights: folders inside a repository, and Mistral's own layout."""
 
 
 def open_checkpoint(model: str | Path, *, trust_remote_code: bool = False) -> Checkpoint:
@@ -65,8 +67,7 @@ def _from_hub(name: str, code: bool) -> Path:
 
     files = [*_HUB_FILES, "*.py"] if code else _HUB_FILES
     try:
-        # Files of one model only: folders inside a repository hold other copies of the same weights.
-        snapshot_download(name, allow_patterns=files, ignore_patterns=["*/*"])
+        snapshot_download(name, allow_patterns=files, ignore_patterns=_HUB_COPIES)
         return Path(snapshot_download(name, allow_patterns=TEMPLATES))
     # The hub's own errors and those of whatever network library it uses share no base class.
     except Exception as error:

@@ -75,12 +75,19 @@ class Shards:
                     yield names[position], handle.get_tensor(names[position])
                     position += 1
 
-    def float_dtype(self) -> torch.dtype | None:
-        """Return the floating dtype that most is stored in, scales left out, or None where nothing is."""
+    def float_dtype(self, declared: object = None) -> torch.dtype | None:
+        """Return the floating dtype that most is stored in, scales left out, or None where nothing is.
+
+        Where linears are packed, what is left may be an embedding that was kept wider: there a dtype that config.json
+        declares counts, if anything is stored in it.
+        """
         sizes: Counter[torch.dtype] = Counter()
         for name, entry in self.entries.items():
             if entry.dtype.is_floating_point and not name.endswith(".weight_scale"):
                 sizes[entry.dtype] += entry.size
+        named = getattr(torch, str(declared).removeprefix("torch."), None)
+        if named in sizes and any(name.endswith(".weight_scale") for name in self.entries):
+            return named
         return sizes.most_common(1)[0][0] if sizes else None
 
     def digest(self) -> str:
@@ -112,6 +119,8 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def _shard_files(folder: Path) -> list[Path]:
+    if (whole := folder / "model.safetensors").is_file():
+        return [whole]  # before an index, as in transformers; what else lies there is not the model
     index = folder / INDEX
     if index.is_file():
         weight_map = read_json(index).get("weight_map")
@@ -122,8 +131,6 @@ def _shard_files(folder: Path) -> list[Path]:
         if missing:
             raise UserError(f"{folder} lacks the weight file {missing[0]} named in {INDEX}: download it again.")
         return files
-    if (whole := folder / "model.safetensors").is_file():
-        return [whole]  # what else lies there is not the model: an adapter, the publisher's own layout
     files = sorted(folder.glob("*.safetensors"))
     if files:
         return files

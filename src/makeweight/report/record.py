@@ -69,10 +69,11 @@ class Record:
         worst, original = max(pairs, key=_ratio)
         ratio = _ratio((worst, original))
         where = f"perplexity on {worst.dataset} went from {original.perplexity:.2f} to {worst.perplexity:.2f}"
-        tops = [result.same_top for result, _ in pairs if result.same_top is not None]
-        same = min(tops, default=1.0)
+        tops = [(result.same_top, result.dataset) for result, _ in pairs if result.same_top is not None]
+        same, least = min(tops, key=lambda top: (top[0], top[1] != worst.dataset), default=(1.0, worst.dataset))
         if tops:
-            where += f", and the likeliest next token is the original's {100 * same:.0f} % of the time"
+            there = "" if least == worst.dataset else f"on {least} "
+            where += f", and {there}the likeliest next token is the original's {100 * same:.0f} % of the time"
         if ratio >= BROKEN or same < BROKEN_TOP:
             return f"This model is broken: {where}. Use more bits, smaller groups or a stronger method."
         if ratio > POOR or same < POOR_TOP:
