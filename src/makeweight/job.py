@@ -115,6 +115,7 @@ class Job:
             json.loads((self.ckpt.path / "config.json").read_text(encoding="utf-8")),
             scheme=self.recipe.scheme,
             folder=self.ckpt.path,
+            kept=tuple(name for name, _ in self.ckpt.rest()) if self.recipe.formats else (),
             fp16_scales=self.recipe.scheme.scale_dtype != "float32",
             shapes={
                 self.ckpt.block_names(i)[f"{name}.weight"].removesuffix(".weight"): shape

@@ -26,6 +26,7 @@ from makeweight.numerics.scheme import Scheme
 from makeweight.pipeline import quantize
 from makeweight.report.record import Record
 from tests.runs import files, our_logits, same_bits, small, tensors, weights_of
+from tests.tiny import tiny_folder
 
 SCHEMES = ("W2A16g32", "W3A16", "W4A16g32", "W4A16g32_sym", "W8A16_sym", "W8A8")
 
@@ -125,6 +126,20 @@ def test_scales_that_are_no_half_floats_are_refused_before_solving(root: Path, t
     with pytest.raises(UserError, match="gptq cannot hold"):
         quantize(recipe)
     assert not (tmp_path / "out").exists()
+
+
+def test_tensors_that_no_model_knows(root: Path, tmp_path: Path) -> None:
+    """GGUF has no names for them, which is said before solving; ONNX holds any dtype."""
+    source = tiny_folder("llama", tmp_path / "source")
+    extra = {"score.weight": torch.ones(2, 64), "ids": torch.arange(4, dtype=torch.int32), "on": torch.ones(3) > 0}
+    save_file({**load_file(source / "model.safetensors"), **extra}, source / "model.safetensors", {"format": "pt"})
+    scheme = Scheme.parse("W4A16g32_sym")
+    recipe = small(source, tmp_path / "out", root / "words.txt", method="rtn", scheme=scheme)
+    with pytest.raises(UserError, match=r"gguf cannot hold .* it holds (score\.weight|ids|on), which has no name"):
+        quantize(replace(recipe, formats=("gguf",)))
+    assert not (tmp_path / "out").exists()
+    (found,) = quantize(replace(recipe, formats=("onnx",))).exports
+    assert found["format"] == "onnx"
 
 
 def test_chat_templates_beside_the_default_are_passed_on(root: Path, tmp_path: Path) -> None:

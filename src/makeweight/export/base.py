@@ -30,7 +30,8 @@ class Facts:
 
     `shapes` are (O, I) of the quantized linears by full name, `zeros` the smallest and largest signed zero-point,
     `fp16_scales` whether every scale is a float16 value, `architecture` the class that config.json names, `folder`
-    where the tokenizer lies.
+    where the tokenizer lies, `kept` the full names of the tensors that stay as they are (before solving, of those
+    outside the blocks).
     """
 
     scheme: Scheme
@@ -40,6 +41,7 @@ class Facts:
     fp16_scales: bool = True
     config: Mapping[str, Any] = field(default_factory=dict)
     folder: Path | None = None
+    kept: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, config: Mapping[str, Any], **known: Any) -> Facts:

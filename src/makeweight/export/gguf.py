@@ -12,7 +12,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from makeweight.errors import UserError
 from makeweight.export import gguf_blocks, gguf_vocab
 from makeweight.export.base import Facts, Format
 from makeweight.export.gguf_blocks import Block
@@ -55,6 +54,8 @@ class Gguf(Format):
             return None
         model = Model(facts.architecture, facts.config)
         reason = model.refusal()
+        if reason is None and (unknown := next((name for name in facts.kept if model.name(name) is None), None)):
+            reason = f"it holds {unknown}, which has no name in GGUF's {model.family.arch}"
         if reason is None and facts.folder is not None:
             reason = gguf_vocab.refusal(facts.folder, model.rows)
         return reason
@@ -125,8 +126,7 @@ def _file(folder: Path) -> Path:
 
 def _known(model: Model, name: str) -> str:
     found = model.name(name)
-    if found is None:
-        raise UserError(f"{name} has no name in GGUF's {model.family.arch}: export to another format.")
+    assert found is not None, f"{name} has no name in GGUF, which was to be refused"
     return found
 
 

@@ -109,7 +109,11 @@ class DataFile:
             torch.float16: TensorProto.FLOAT16,
             torch.bfloat16: TensorProto.BFLOAT16,
             torch.uint8: TensorProto.UINT8,
+            torch.int8: TensorProto.INT8,
+            torch.int16: TensorProto.INT16,
+            torch.int32: TensorProto.INT32,
             torch.int64: TensorProto.INT64,
+            torch.bool: TensorProto.BOOL,
         }
         self.stream.write(bytes(-self.stream.tell() % PAGE))
         offset = self.stream.tell()

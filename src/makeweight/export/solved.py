@@ -116,8 +116,10 @@ class Solved:
         """What formats ask before they promise anything; reads every scale and zero-point once."""
         shapes: dict[str, tuple[int, int]] = {}
         zeros: list[int] = []
+        kept: list[str] = []
         fp16 = True
         for part in self.parts():
+            kept += part.kept
             for name, tensor in part.quantized.items():
                 height, width = tensor.codes_OI.shape
                 shapes[name] = (height, width)
@@ -131,6 +133,7 @@ class Solved:
             zeros=(min(zeros), max(zeros)) if zeros else None,
             fp16_scales=fp16,
             folder=self.path,
+            kept=tuple(kept),
         )
 
     def side_files(self) -> list[Path]:

@@ -22,9 +22,10 @@ _PATTERN = re.compile(r"w(?P<bits>\d+)(?:a(?P<act>\d+))?(?:g(?P<group>-?\d+))?(?
 class Scheme:
     """Integer weights of `bits` bits on a uniform grid, one scale per `group_size` inputs of a row.
 
-    `group_size` -1 means one scale per output channel. A `scale_dtype` of "auto" gives scales the model's own
-    dtype (float16 where that is float32); files hold their values no narrower than weights. `activations` 8 says that the runtime rounds what enters a linear to 8 bits,
-    with a scale for every token: weights must then be 8-bit, symmetric and per channel, which kernels exist for.
+    `group_size` -1 means one scale per output channel. A `scale_dtype` of "auto" gives scales the model's own dtype
+    (float16 where that is float32); files hold their values no narrower than weights. `activations` 8 says that the
+    runtime rounds what enters a linear to 8 bits, with a scale for every token: weights must then be 8-bit, symmetric
+    and per channel, which kernels exist for.
     """
 
     bits: int = 4
