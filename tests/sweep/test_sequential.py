@@ -15,7 +15,7 @@ from makeweight.methods.grid.gptq import Gptq
 from makeweight.methods.weight.sde import Sde
 from makeweight.numerics.errors import token_error
 from makeweight.sweep.chain import Chain, Frozen
-from makeweight.sweep.inputs import shared_inputs
+from makeweight.sweep.inputs import Moments, shared_inputs
 from makeweight.sweep.sequential import round_in_order
 from tests.sweep.problem import CPU, Problem, problem
 
@@ -122,3 +122,5 @@ def test_a_linear_that_no_token_reaches_is_rounded_to_nearest() -> None:
     torch.testing.assert_close(weights["idle"], chain.freeze().weights["idle"])
     assert not torch.equal(weights["mlp.down_proj"], chain.freeze().weights["mlp.down_proj"])
     assert shared_inputs(idle, case.hidden_NTD[:1])[-1] == ["idle"]
+    moments = Moments(idle, {}, case.hidden_NTD, 2, torch.device("cpu"))
+    assert torch.equal(moments.moment("idle"), torch.eye(32)), "as clip asks, whose weights have other names"

@@ -56,7 +56,9 @@ class Moments:
             self.found |= dict.fromkeys(names, moment)
 
     def _independent(self, name: str) -> Tensor:
-        return torch.eye(self.weights[name].shape[1], device=self.device)
+        linear = self.block.module.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        return torch.eye(linear.in_features, device=self.device)
 
 
 @torch.no_grad()
