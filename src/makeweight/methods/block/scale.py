@@ -2,9 +2,9 @@
 
 The block's function stays what it was, but the columns of the readers meet their grid with other sizes.
 Learned (let): a factor exp(t) per channel, found with whatever else the block learns; it acts on the weights that sde
-has moved. Searched (scale): the source is divided by s = mean(x^2)^(rho / 2) / its geometric middle, with the exponent rho of each edge that
-leaves the smallest error at the readers' outputs under plain rounding. It is folded in before anything else is built,
-so that sde takes its singular values of the scaled weights.
+has moved. Searched (scale): the source is divided by s = mean(x^2)^(rho / 2) / its geometric middle, with the exponent
+rho of each edge that leaves the smallest error at the readers' outputs under plain rounding. It is folded in before
+anything else is built, so that sde takes its singular values of the scaled weights.
 Source: OmniQuant (arXiv 2308.13137, section 3.3) for learning it, AWQ (arXiv 2306.00978, section 3.2) for the search.
 AWQ judges by the output of the attention or the MLP; here each reader is judged by its own, from second moments alone.
 
