@@ -32,6 +32,15 @@ def evaluation() -> Eval:
     return Eval(datasets=texts, seqlen=SEQLEN, windows=(WIKITEXT_WINDOWS, ENWIKI_WINDOWS), baseline=False)
 
 
+def second_half(text: Path, folder: Path) -> Path:
+    """Write what follows the middle of a text to FOLDER/<its folder>/<its name>, and return that; it begins a line."""
+    content = text.read_text(encoding="utf-8")
+    out = folder / text.parent.name / text.name
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(content[content.find("\n", len(content) // 2) + 1 :], encoding="utf-8")
+    return out
+
+
 class Cells:
     """A JSON file of cells by name, written after every cell, so that a run resumes where it stopped."""
 

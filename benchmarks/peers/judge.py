@@ -1,5 +1,8 @@
 """The one evaluator: is a dense folder on the grid that was asked for, and what perplexity does it have?
 
+On the windows of all tables and, under "later", on as many from the second half of each text, which no choice of ours
+looked at.
+
     python -m benchmarks.peers.judge REQUEST.json ANSWER.json
 
 A process of its own, so that the one that starts and measures the runs stays small.
@@ -17,7 +20,7 @@ from torch import Tensor
 
 from benchmarks.common import divergences, perplexities
 from benchmarks.peers.runs import note_on
-from makeweight.evals.perplexity import Texts, compare
+from makeweight.evals.perplexity import Perplexity, Texts, compare
 from makeweight.export.folder import copy_files
 from makeweight.models.checkpoint import Checkpoint
 from makeweight.models.load import open_checkpoint
@@ -58,7 +61,8 @@ def check_grid(ours: Checkpoint, original: Checkpoint, *, bits: int, group_size:
 def judge(request: dict[str, Any]) -> dict[str, Any]:
     """Check and measure a folder; it gets the original's config and tokenizer first, so that only weights differ."""
     folder, answer = Path(request["folder"]), {}
-    texts = Texts(datasets=request["texts"], seqlen=request["eval_seqlen"], windows=request["windows"], device="cpu")
+    datasets, windows = [*request["texts"], *request["later"]], 2 * list(request["windows"])
+    texts = Texts(datasets=datasets, seqlen=request["eval_seqlen"], windows=windows, device="cpu")
     if "original" in request:
         original = open_checkpoint(request["original"])
         copy_files([*original.side_files(), original.path / "config.json"], original.path, folder)
@@ -66,11 +70,15 @@ def judge(request: dict[str, Any]) -> dict[str, Any]:
         answer["note"] = note_on(request["run"])
         answer["grid"] = check_grid(ours, original, bits=request["bits"], group_size=request["group_size"])
         found = compare(str(folder), request["original"], texts)[0]
-        answer["divergence"] = divergences(found)
     else:
         found = texts.results(*texts.read(texts.open(str(folder))))
+    count = len(request["texts"])
     rate = matmul_rate(rows=4096, size=576)  # of the machine, as in benchmarks/step.py
-    return {**answer, "perplexities": perplexities(found), "rate_gflops": round(rate / 1e9)}
+    return {**answer, **_scores(found[:count]), "later": _scores(found[count:]), "rate_gflops": round(rate / 1e9)}
+
+
+def _scores(found: list[Perplexity]) -> dict[str, dict[str, float]]:
+    return {"perplexities": perplexities(found), "divergence": divergences(found)}
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import ROOT, Cells, data, evaluation
+from benchmarks.common import ROOT, Cells, data, evaluation, second_half
 from benchmarks.peers.child import BrokenRunError, Usage, environment, run
 from benchmarks.peers.programs import PROGRAMS, RUNNERS
 from benchmarks.peers.runs import Entry, Run
@@ -74,6 +74,7 @@ class Track:
             "seqlen": terms.seqlen,
             "seed": terms.seed,
         }
+        self.later = tuple(str(second_half(Path(text), work / "later")) for text in terms.texts)
         self.material = self._ask("material", work, self.shared)
 
     def cell(self, entry: Entry) -> dict[str, Any]:
@@ -120,7 +121,8 @@ class Track:
 
     def _judged(self, where: Path, request: dict[str, Any]) -> dict[str, Any]:
         terms = self.terms
-        asked = {"texts": terms.texts, "eval_seqlen": terms.eval_seqlen, "windows": terms.windows}
+        texts = {"texts": terms.texts, "later": self.later}
+        asked = {**texts, "eval_seqlen": terms.eval_seqlen, "windows": terms.windows}
         answer = self._ask("judge", where, {**request, **asked})
         return {**answer.pop("perplexities"), **answer}
 

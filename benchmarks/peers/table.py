@@ -17,13 +17,17 @@ COSTS_NOTE = (
     "itself and writes its own format before the dense one."
 )
 GAP_NOTE = "g is the logarithm of a perplexity over the original's: 0 where nothing is lost, and less is better."
+LATER_NOTE = (
+    "g later is on as many windows from the second half of each text, at which nobody looked before; a dash stands in "
+    "rows from before there was such a column."
+)
 DIVERGENCE_NOTE = (
     "KL is the divergence from the original's predictions, nats for each token, on the same two texts; a dash stands "
     "in rows from before it was measured."
 )
 FASTER = 1.2
 """From which ratio of matrix-product rates on machines are called different."""
-EMPTY = ("-",) * (2 * len(DOMAINS) + 1 + len(COSTS))
+EMPTY = ("-",) * (2 * len(DOMAINS) + 2 + len(COSTS))
 
 
 def markdown(cells: Mapping[str, Mapping[str, Any]]) -> str:
@@ -35,7 +39,8 @@ def markdown(cells: Mapping[str, Mapping[str, Any]]) -> str:
     parts = []
     for setting in settings:
         names = [name for name in order if f"{setting}/{name}" in cells]
-        header = (setting, "by", *DOMAINS.values(), *(f"g {name}" for name in DOMAINS.values()), "KL", *COSTS)
+        gaps = (*(f"g {name}" for name in DOMAINS.values()), "g later")
+        header = (setting, "by", *DOMAINS.values(), *gaps, "KL", *COSTS)
         first = ["original", "", *(_number(original.get(name)) for name in DOMAINS), *EMPTY[len(DOMAINS) :]]
         slower = _slower(setting, cells)
         rows = [_row(name, cells[f"{setting}/{name}"], original, timed=name not in slower) for name in names]
@@ -51,6 +56,7 @@ def _row(name: str, cell: Mapping[str, Any], original: Mapping[str, Any], *, tim
         f"{cell['program']} {cell['version']}",
         *(_number(cell[domain]) for domain in DOMAINS),
         *(_gap(cell[domain], original.get(domain)) for domain in DOMAINS),
+        _later(cell, original),
         _divergence(cell.get("divergence")),
         *(f"{cell[clock] / 60:.1f}" if timed else "-" for clock in ("wall_seconds", "cpu_seconds")),
         f"{cell['peak_memory_mb'] / 1000:.1f}",
@@ -65,6 +71,13 @@ def _gap(value: float, original: float | None) -> str:
     return "-" if original is None else f"{math.log(value / original):.3f}"
 
 
+def _later(cell: Mapping[str, Any], original: Mapping[str, Any]) -> str:
+    if "later" not in cell or "later" not in original:
+        return "-"
+    ours, theirs = (found["later"]["perplexities"] for found in (cell, original))
+    return " / ".join(_gap(ours[domain], theirs[domain]) for domain in DOMAINS)
+
+
 def _divergence(found: Mapping[str, float] | None) -> str:
     return "-" if found is None else " / ".join(f"{found[domain]:.3f}" for domain in DOMAINS)
 
@@ -75,8 +88,7 @@ def _notes(cells: Mapping[str, Mapping[str, Any]], order: Sequence[str]) -> str:
     threads = sorted({cell["threads"] for cell in raced})
     samples = sorted({cell["calibration"].partition(",")[0] for cell in raced})
     lines = [f"- Calibration: {', '.join(samples) or '-'}; threads: {', '.join(map(str, threads)) or '-'}."]
-    lines += [f"- {GAP_NOTE}", f"- {DIVERGENCE_NOTE}"]
-    lines.append(f"- {COSTS_NOTE}")
+    lines += [f"- {note}" for note in (GAP_NOTE, LATER_NOTE, DIVERGENCE_NOTE, COSTS_NOTE)]
     lines += [
         f"- Minutes of {', '.join(f'`{run}`' for run in runs)} at {setting} left out: of a slower or unknown machine."
         for setting in dict.fromkeys(cell["setting"] for cell in raced)

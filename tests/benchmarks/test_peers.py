@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.common import ROOT, Cells
+from benchmarks.common import ROOT, Cells, second_half
 from benchmarks.peers import child
 from benchmarks.peers.child import BrokenRunError
 from benchmarks.peers.judge import check_grid, most_values
@@ -130,6 +130,14 @@ def test_a_folder_is_held_to_the_grid(tmp_path: Path) -> None:
         check_grid(original, original, bits=3, group_size=32)
 
 
+def test_the_second_half_of_a_text_begins_with_a_line(tmp_path: Path) -> None:
+    text = tmp_path / "enwiki" / "validation.txt"
+    text.parent.mkdir()
+    text.write_text("one é\ntwo\nthree\nfour\n")
+    later = second_half(text, tmp_path / "later")
+    assert later == tmp_path / "later" / "enwiki" / "validation.txt" and later.read_text() == "four\n"
+
+
 def test_a_process_is_measured_and_its_last_words_kept(tmp_path: Path) -> None:
     log, env = tmp_path / "log", child.environment(1)
     used = child.run([sys.executable, "-c", "print(sum(range(10**6)))"], cwd=tmp_path, log=log, env=env)
@@ -146,19 +154,21 @@ def test_the_one_that_measures_stays_small() -> None:
 
 def test_table() -> None:
     apart = {"divergence": {"wikitext2": 0.5, "enwiki": 0.25}}
+    later = {"later": {"perplexities": {"wikitext2": 20.0, "enwiki": 5.0}}}
     cost = {"wall_seconds": 90.0, "cpu_seconds": 150.0, "peak_memory_mb": 1234, "threads": 2}
     cell = {"setting": "W2A16g64", "version": "1.2", "calibration": "128 x 512 tokens, abc", **cost}
     cells = {
-        ORIGINAL: {"wikitext2": 20.0, "enwiki": 15.0},
+        ORIGINAL: {"wikitext2": 20.0, "enwiki": 15.0, "later": {"perplexities": {"wikitext2": 10.0, "enwiki": 5.0}}},
         "W2A16g64/hqq": {**cell, "program": "hqq", "wikitext2": 40.0, "enwiki": 15.0},
-        "W2A16g64/lwc": {**cell, "program": "makeweight", "wikitext2": 30.0, "enwiki": 18.0, **apart},
+        "W2A16g64/lwc": {**cell, "program": "makeweight", "wikitext2": 30.0, "enwiki": 18.0, **apart, **later},
         "W2A16g64/auto-round": {"setting": "W2A16g64", "program": "auto-round", "error": "no such grid"},
     }
     lines = markdown(cells).splitlines()
-    assert lines[2] == "| original |  | 20.00 | 15.00 | - | - | - | - | - | - |"
-    assert lines[3] == "| `lwc` | makeweight 1.2 | 30.00 | 18.00 | 0.405 | 0.182 | 0.500 / 0.250 | 1.5 | 2.5 | 1.2 |"
+    assert lines[2] == "| original |  | 20.00 | 15.00 | - | - | - | - | - | - | - |"
+    gaps = "0.405 | 0.182 | 0.693 / 0.000"
+    assert lines[3] == f"| `lwc` | makeweight 1.2 | 30.00 | 18.00 | {gaps} | 0.500 / 0.250 | 1.5 | 2.5 | 1.2 |"
     assert lines[4].startswith("| `auto-round` | auto-round (failed) | - |")
-    assert lines[5] == "| `hqq` | hqq 1.2 | 40.00 | 15.00 | 0.693 | 0.000 | - | 1.5 | 2.5 | 1.2 |"
+    assert lines[5] == "| `hqq` | hqq 1.2 | 40.00 | 15.00 | 0.693 | 0.000 | - | - | 1.5 | 2.5 | 1.2 |"
     assert len({line.count("|") for line in lines[:6]}) == 1
     assert "128 x 512 tokens; threads: 2" in markdown(cells)
     assert "Not run: GPTQModel" in markdown(cells)
