@@ -26,7 +26,7 @@ from makeweight.numerics.svd import thin_svd
 
 
 class BandCore(nn.Module):
-    """The learned band of one matrix, in units of its median singular value."""
+    """The learned band of one matrix, in units of its median singular value; zeros of a lower rank do not count."""
 
     u_OR: Tensor
     v_IR: Tensor
@@ -36,8 +36,9 @@ class BandCore(nn.Module):
         super().__init__()
         u_OR, sigma_R, v_IR = thin_svd(weight_OI)
         rank = sigma_R.numel()
-        unit = sigma_R.median()
-        self.limit = float(sigma_R.norm() / unit) if unit > 0 else math.inf  # a matrix of zeros stays one
+        found_R = sigma_R[sigma_R > rank * torch.finfo(sigma_R.dtype).eps * sigma_R[0]]
+        unit = found_R.median() if found_R.numel() else sigma_R.new_zeros(())  # a matrix of zeros stays one
+        self.limit = float(sigma_R.norm() / unit) if unit > 0 else math.inf
         self.register_buffer("u_OR", u_OR.to(dtype), persistent=False)
         self.register_buffer("v_IR", (v_IR * unit).to(dtype), persistent=False)
         self.band_RW = nn.Parameter(sigma_R.new_zeros(rank, 2 * min(band, rank - 1) + 1))
@@ -98,9 +99,9 @@ class BandMap(Map):
 class Sde(MapStep):
     """Learn `band` diagonals on either side of the singular-value core's own.
 
-    `rate` is how far, relative to its norm, one AdamW step moves a weight: every entry of B moves by
-    rate / sqrt(2 band + 1) median singular values, so that one value serves every model and every band (LOG.md has
-    the sweep). `lead` adds a dense block over the leading directions; `drift` bounds ||dW|| / ||W||.
+    `rate` is how far, relative to its norm, one AdamW step moves a weight whose singular values are alike, and less
+    than that where they are not: every entry of B moves by rate / sqrt(2 band + 1) median singular values, so that one
+    value serves every model and every band (LOG.md has the sweep). `lead` adds a dense block over the leading directions; `drift` bounds ||dW|| / ||W||.
     """
 
     stage: ClassVar[Stage] = Stage.WEIGHT
