@@ -177,7 +177,7 @@ def _learning(plan: Plan, recipe: Recipe, ckpt: Checkpoint, shapes: Sequence[tup
     products = 4 * sum(columns**2 for _, columns in shapes) if reads else 0
     if plan.rounding is not None:
         products = max(products, 4 * 4 * max(columns for _, columns in shapes) ** 2)
-    activations = (1 + ahead) * _activations(ckpt, tune.batch_size, calib.seqlen, size)
+    activations = (1 + ahead) * _activations(ckpt, recipe, tune.batch_size)
     return streams + (1 + ahead) * weights * size + chain + products + activations
 
 
@@ -186,11 +186,13 @@ def _forward_bytes(recipe: Recipe) -> int:
     return getattr(torch, recipe.tune.dtype).itemsize
 
 
-def _activations(ckpt: Checkpoint, batch_size: int, seqlen: int, size: int) -> float:
+def _activations(ckpt: Checkpoint, recipe: Recipe, batch_size: int) -> float:
     """Return bytes that one block keeps of one batch for its backward pass."""
-    config = ckpt.config.get_text_config()
-    heads = getattr(config, "num_attention_heads", 1)
-    return 34 * batch_size * seqlen * config.hidden_size * size + kept_bytes(batch_size, heads, seqlen)
+    config, seqlen = ckpt.config.get_text_config(), recipe.calib.seqlen
+    heads, each = getattr(config, "num_attention_heads", 1), 34 * _forward_bytes(recipe)
+    if recipe.scheme.activations < 16:
+        each += 60  # what enters each linear, in fp32 before it is rounded
+    return each * batch_size * seqlen * config.hidden_size + kept_bytes(batch_size, heads, seqlen)
 
 
 def _finetuning(
@@ -209,9 +211,9 @@ def _finetuning(
     memory += 2 * calib.samples * calib.seqlen * config.hidden_size * size
     states = step.batch_size * calib.seqlen * config.hidden_size * size
     if step.recompute:
-        memory += len(shapes) * states + _activations(ckpt, step.batch_size, calib.seqlen, size)
+        memory += len(shapes) * states + _activations(ckpt, recipe, step.batch_size)
     else:  # with the weights of every block, and their codes once more
-        memory += len(shapes) * _activations(ckpt, step.batch_size, calib.seqlen, size)
+        memory += len(shapes) * _activations(ckpt, recipe, step.batch_size)
         memory += sum((1 + size) * math.prod(shape) for index in blocks for shape in shapes[index])
     largest = max(sum(math.prod(shape) for shape in found) for found in shapes.values())
     return memory + 4 * 6 * largest + 6 * LOGIT_BYTES

@@ -5,7 +5,7 @@ Shapes: N windows, B batch, T tokens, D hidden, C tokens at a time, V vocabulary
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from makeweight.calib.capture import capture, finish, place, run_block
-from makeweight.numerics.grid import round_tokens
+from makeweight.models.activations import round_inputs
 from makeweight.numerics.memory import release_freed_memory
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def predict(
         block = ckpt.load_block(skeleton, index)
         place(block, device, dtype)
         if ckpt.activations < 16:
-            _round_inputs(block, ckpt.packed_linears(index), ckpt.activations)
+            round_inputs(block, ckpt.packed_linears(index), ckpt.activations)
         for chunk_BTD in hidden_NTD.split(batch):
             chunk_BTD.copy_(run_block(block, chunk_BTD.to(device), kwargs))
         ckpt.unload_block(skeleton, index)
@@ -86,9 +86,3 @@ def predict(
             progress(index + 1, ckpt.n_blocks)
     place(skeleton, device, torch.float32)
     return Predictions(skeleton=skeleton, blocks_path=path, tokens_NT=windows_NT, hidden_NTD=hidden_NTD, device=device)
-
-
-def _round_inputs(block: nn.Module, linears: Sequence[str], bits: int) -> None:
-    """Do to what enters the quantized linears what a runtime does."""
-    for name in linears:
-        block.get_submodule(name).register_forward_pre_hook(lambda _, given: (round_tokens(given[0], bits), *given[1:]))

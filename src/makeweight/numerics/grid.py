@@ -74,11 +74,15 @@ def from_codes(codes_OGS: Tensor, scale_OG: Tensor, zero_OG: Tensor) -> Tensor:
 
 
 def round_tokens(hidden: Tensor, bits: int) -> Tensor:
-    """Round what enters a linear to `bits` bits, symmetric, one scale per token (the last dimension), same dtype."""
+    """Round what enters a linear to `bits` bits, symmetric, one scale per token (the last dimension), same dtype.
+
+    Gradients are those of `clipped_grid`: straight through, and a token's scale follows its largest value.
+    """
     scheme = Scheme(bits=bits, group_size=-1, symmetric=True)
-    rows = hidden.float().reshape(-1, 1, hidden.shape[-1])
-    scale, zero = qparams(*ranges(rows), scheme, torch.float32)
-    return from_codes(to_codes(rows, scale, zero, scheme), scale, zero).reshape(hidden.shape).to(hidden.dtype)
+    rows_MI = hidden.float().reshape(-1, hidden.shape[-1])
+    whole_M1 = rows_MI.new_ones(len(rows_MI), 1)
+    rounded_MI = clipped_grid(rows_MI, whole_M1, whole_M1, scheme, scale_dtype=torch.float32, dtype=hidden.dtype)
+    return rounded_MI.reshape(hidden.shape)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -83,7 +83,7 @@ class Finetune:
         for index, kwargs in enumerate(captured.kwargs):
             module = ckpt.load_block(self.skeleton, index).requires_grad_(False)
             place(module, device, context.dtype)
-            block = Block(index, module, ckpt.linears(), kwargs)
+            block = Block(index, module, ckpt.linears(), kwargs, context.scheme.activations)
             self.last_NTD = advance(block, self.last_NTD, batch_size=AT_ONCE * step.batch_size, device=device)
             if index in solved:
                 codes, rest = solved[index]

@@ -173,7 +173,8 @@ class Sweep:
         last = min(index + len(self.solver.judge_weights), self.ckpt.n_blocks)
         for i in range(index, last):
             if i not in self.loaded:
-                self.loaded[i] = Block(i, self._load(i), self.ckpt.linears(), self.kwargs[i])
+                bits = self.solver.context.scheme.activations
+                self.loaded[i] = Block(i, self._load(i), self.ckpt.linears(), self.kwargs[i], bits)
         return tuple(self.loaded[i] for i in range(index, last))
 
     def _load(self, index: int) -> nn.Module:
