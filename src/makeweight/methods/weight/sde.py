@@ -101,7 +101,8 @@ class Sde(MapStep):
 
     `rate` is how far, relative to its norm, one AdamW step moves a weight whose singular values are alike, and less
     than that where they are not: every entry of B moves by rate / sqrt(2 band + 1) median singular values, so that one
-    value serves every model and every band (LOG.md has the sweep). `lead` adds a dense block over the leading directions; `drift` bounds ||dW|| / ||W||.
+    value serves every model and every band (LOG.md has the sweep). `lead` adds a dense block over the leading
+    directions; `drift` bounds ||dW|| / ||W||.
     """
 
     stage: ClassVar[Stage] = Stage.WEIGHT
