@@ -82,13 +82,14 @@ class Track:
         if entry.run is None:
             return self._judged(self.work, {"folder": self.material["model"]})
         out = self.work / entry.name.replace("/", "-")
-        shutil.rmtree(out, ignore_errors=True)
-        out.mkdir(parents=True)
         options = entry.run.shortened() if self.terms.short else dict(entry.run.options)
         scheme = Scheme.parse(entry.setting)
         grid = {"bits": scheme.bits, "group_size": scheme.group_size}
         job = {**self.shared, **grid, "model": self.material["model"], "out": str(out), "options": options}
-        load = os.getloadavg()[0]
+        load, again = os.getloadavg()[0], entry.run.program == "makeweight" and is_left(out, job)
+        if not again:
+            shutil.rmtree(out, ignore_errors=True)
+            out.mkdir(parents=True)
         usage, answer = self._solve(entry.run, out, job)
         about = {"original": self.material["model"], "run": entry.name.partition("/")[2], **grid}
         judged = self._judged(out, {"folder": str(out / "dense"), **about})
@@ -101,6 +102,7 @@ class Track:
             "calibration": f"{self.terms.nsamples} x {self.terms.seqlen} tokens, {self.material['digest']}",
             "seed": self.terms.seed,
             "load_before": round(load, 1),
+            **({"resumed": True} if again else {}),
             **asdict(usage),
             **answer,
             **judged,
@@ -133,6 +135,14 @@ class Track:
         command = [sys.executable, "-m", f"benchmarks.peers.{module}", str(asked), str(told)]
         run(command, cwd=ROOT, log=self.work / f"{module}.log", env=environment(self.terms.threads))
         return json.loads(told.read_text())
+
+
+def is_left(out: Path, job: dict[str, Any]) -> bool:
+    """Say whether a run of this very job was stopped before its end: one of ours goes on from there."""
+    try:
+        return json.loads((out / "job.json").read_text()) == json.loads(json.dumps(job))
+    except (OSError, ValueError):
+        return False
 
 
 def race(

@@ -90,7 +90,8 @@ def _notes(cells: Mapping[str, Mapping[str, Any]], order: Sequence[str]) -> str:
     lines = [f"- Calibration: {', '.join(samples) or '-'}; threads: {', '.join(map(str, threads)) or '-'}."]
     lines += [f"- {note}" for note in (GAP_NOTE, LATER_NOTE, DIVERGENCE_NOTE, COSTS_NOTE)]
     lines += [
-        f"- Minutes of {', '.join(f'`{run}`' for run in runs)} at {setting} left out: of a slower or unknown machine."
+        f"- Minutes of {', '.join(f'`{run}`' for run in runs)} at {setting} left out: of a slower or unknown machine, "
+        "or of a run that was stopped in between."
         for setting in dict.fromkeys(cell["setting"] for cell in raced)
         if (runs := _slower(setting, cells))
     ]
@@ -129,10 +130,10 @@ def _remarks(cells: Mapping[str, Mapping[str, Any]], order: Sequence[str]) -> li
 def _slower(setting: str, cells: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Return the runs whose times are no match for the others': machines differ from one day to another.
 
-    Where some machines are known by their rate, one that is not counts as slower.
+    Where some machines are known by their rate, one that is not counts as slower; so does a run that was resumed.
     """
     rates = {
-        name.partition("/")[2]: cell.get("rate_gflops") or 0.0
+        name.partition("/")[2]: 0.0 if cell.get("resumed") else cell.get("rate_gflops") or 0.0
         for name, cell in cells.items()
         if cell.get("setting") == setting and "error" not in cell
     }

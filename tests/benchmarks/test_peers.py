@@ -15,7 +15,7 @@ from benchmarks.common import ROOT, Cells, second_half
 from benchmarks.peers import child
 from benchmarks.peers.child import BrokenRunError
 from benchmarks.peers.judge import check_grid, most_values
-from benchmarks.peers.race import race
+from benchmarks.peers.race import is_left, race
 from benchmarks.peers.runs import ORIGINAL, OURS, RUNS, THEIRS, Entry, Run, entries
 from benchmarks.peers.table import markdown
 from makeweight.errors import UserError
@@ -79,6 +79,13 @@ def test_what_is_there_is_not_run_again(tmp_path: Path) -> None:
     assert ran == ["b", "c"]
     race(Cells(file), chosen, fill, retry=True)
     assert ran == ["b", "c", "b"]
+
+
+def test_only_what_this_very_job_left_is_gone_on_with(tmp_path: Path) -> None:
+    job = {"bits": 2, "options": {"method": "rtn"}}
+    assert not is_left(tmp_path / "none", job)
+    (tmp_path / "job.json").write_text(json.dumps(job, indent=1))
+    assert is_left(tmp_path, job) and not is_left(tmp_path, {**job, "bits": 3})
 
 
 def test_a_cell_of_other_options_is_named_and_waits_for_retry(
@@ -177,9 +184,11 @@ def test_table() -> None:
     assert all("auto-round-best" not in line for line in markdown(cells).splitlines() if "yet at W4A16" in line)
     assert "slower" not in markdown(cells)
     cells["W2A16g64/hqq"] |= {"rate_gflops": 400, "note": "its note"}
-    assert "Minutes of `lwc` at W2A16g64 left out: of a slower or unknown machine." in markdown(cells)
+    assert "Minutes of `lwc` at W2A16g64 left out: of a slower or unknown machine, or" in markdown(cells)
     assert "0.500 / 0.250 | - | - | 1.2 |" in markdown(cells) and "- | 1.5 | 2.5 | 1.2 |" in markdown(cells)
-    cells["W2A16g64/lwc"] |= {"rate_gflops": 410}
+    cells["W2A16g64/lwc"] |= {"rate_gflops": 410, "resumed": True}
+    assert "Minutes of `lwc` at W2A16g64 left out" in markdown(cells)
+    del cells["W2A16g64/lwc"]["resumed"]
     assert "slower" not in markdown(cells) and "- `hqq`: its note." in markdown(cells)
     cells["W4A16/hqq"] = {**cells["W2A16g64/hqq"], "setting": "W4A16", "note": "its older note"}
     assert "- `hqq` at W2A16g64: its note.\n- `hqq` at W4A16: its older note." in markdown(cells)
