@@ -5,8 +5,9 @@
     python -m benchmarks.peers --table
 
 Every run is a process of its own, one at a time, ours and theirs in turn. Results go to benchmarks/results/peers.json
-cell by cell, and a cell that is there is not run again. --smoke proves in minutes that every program runs here: one
-setting, few samples, two steps, results thrown away. --table prints what is there.
+cell by cell, and a cell that is there is not run again; a run of ours that was stopped goes on. --smoke proves in
+minutes that every program runs here: one setting, few samples, two steps, results thrown away. --table prints what is
+there.
 """
 
 from __future__ import annotations
