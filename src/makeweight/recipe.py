@@ -64,7 +64,7 @@ class Tune:
     `rates` overrides the learning rates of methods by name, as in {"sde": 3e-3}.
     """
 
-    steps: int = 160
+    steps: int = 240
     batch_size: int = 2
     checks: int = 5
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -121,7 +121,7 @@ class Recipe:
 
     model: str
     out: str
-    method: str = "flipround+cl+e2e"
+    method: str = "flipround+e2e"
     scheme: Scheme = field(default_factory=Scheme)
     blocks: tuple[int, int] | None = None
     calib: Calib = field(default_factory=Calib)
