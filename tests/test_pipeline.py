@@ -246,10 +246,10 @@ def test_weights_are_quantized_as_they_are_stored(tmp_path: Path, text: Path) ->
 
 
 def test_learning_after_eight_bit_codes_sees_the_weights(llama: Path, tmp_path: Path, text: Path) -> None:
-    """The network that W8A8 leaves is close to the original; raw codes in place of its weights are not."""
-    recipe = small(llama, tmp_path / "out", text, method="rtn+e2e", scheme=Scheme.parse("W8A8"), eval=NOT_MEASURED)
+    """The network that 8 bits leave is close to the original; raw codes in place of its weights are not."""
+    recipe = small(llama, tmp_path / "out", text, method="rtn+e2e", scheme=Scheme.parse("W8A16_sym"), eval=NOT_MEASURED)
     record = quantize(replace(recipe, options={"e2e": {"steps": 1}}))
-    assert record.finetune["before"] < 0.2
+    assert record.finetune["before"] < 0.05
 
 
 def test_a_result_can_be_quantized_again(llama: Path, tmp_path: Path, text: Path) -> None:

@@ -76,3 +76,14 @@ def test_the_stream_is_what_evaluation_gives(tmp_path: Path, monkeypatch: pytest
     quantize(replace(recipe, tune=replace(recipe.tune, dtype="float32")))
     found = predict(open_checkpoint(tmp_path / "out"), tokens[0], dtype=torch.float32)
     torch.testing.assert_close(streams[-1], found.hidden_NTD)
+
+
+def test_learning_of_the_whole_network_begins_with_what_activations_lose(tmp_path: Path) -> None:
+    """The weights are the same; only what enters the linears differs."""
+    model, text = tiny_folder("llama", tmp_path / "model", dtype=torch.float32), a_text(tmp_path / "words.txt")
+    before: dict[str, float] = {}
+    for scheme in ("W8A16_sym", "W8A8"):
+        recipe = small(model, tmp_path / scheme, text, method="rtn+e2e", scheme=Scheme.parse(scheme))
+        recipe = replace(recipe, eval=Eval(datasets=()), options={"e2e": {"steps": 1}})
+        before[scheme] = quantize(recipe).finetune["before"]
+    assert before["W8A8"] > 1.2 * before["W8A16_sym"]
