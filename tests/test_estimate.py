@@ -102,6 +102,8 @@ def test_disk_follows_the_bits(recipe: Recipe, ckpt: Checkpoint) -> None:
     eight = of(replace(recipe, scheme=Scheme(bits=8, group_size=32)), ckpt, method="lwc").disk_bytes
     weights = sum(out * into for out, into in ckpt.linear_shapes().values()) * 3
     assert eight - three == pytest.approx(weights * 5 * (1 + 1 / 32) / 8)
+    wide = of(replace(recipe, scheme=replace(recipe.scheme, scale_dtype="float32")), ckpt, method="lwc").disk_bytes
+    assert wide - three == weights * 2 / 32, "four bytes for each scale where there were two"
     assert tuned - three == weights * (1 + 32 / 32), "all codes, and eight fp32 values for each scale"
     assert three < ckpt.stored_bytes()
 

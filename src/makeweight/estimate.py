@@ -133,7 +133,7 @@ def _disk(recipe: Recipe, ckpt: Checkpoint, shapes: dict[int, list[tuple[int, in
     for index in blocks:
         for rows, columns in shapes[index]:
             group = columns if scheme.group_size == -1 else scheme.group_size
-            scale = max(16, 8 * ckpt.dtype.itemsize)  # bits: stored no narrower than weights
+            scale = 8 * max(2, ckpt.dtype.itemsize, 4 * (scheme.scale_dtype == "float32"))  # no narrower than weights
             saved += rows * columns * (ckpt.dtype.itemsize - (scheme.bits + (scale + scheme.bits) / group) / 8)
     return _plain(ckpt) - saved
 
