@@ -17,12 +17,12 @@ from makeweight.evals import perplexity, predictions
 from makeweight.methods.base import FinetuneStep
 from makeweight.numerics.attention import kept_bytes
 from makeweight.numerics.flops import block_flops, matmul_rate, step_flops, step_rate
+from makeweight.numerics.grid import scale_dtype_of
 from makeweight.paths import expanded
 from makeweight.plan import Plan
 from makeweight.recipe import Recipe
 from makeweight.sweep import finetune, fit
 from makeweight.sweep.curvature import PROBES
-from makeweight.sweep.finetune import LOGIT_BYTES
 
 if TYPE_CHECKING:
     from makeweight.models.checkpoint import Checkpoint
@@ -133,7 +133,7 @@ def _disk(recipe: Recipe, ckpt: Checkpoint, shapes: dict[int, list[tuple[int, in
     for index in blocks:
         for rows, columns in shapes[index]:
             group = columns if scheme.group_size == -1 else scheme.group_size
-            scale = 8 * max(2, ckpt.dtype.itemsize, 4 * (scheme.scale_dtype == "float32"))  # no narrower than weights
+            scale = 8 * torch.promote_types(scale_dtype_of(scheme, ckpt.dtype), ckpt.dtype).itemsize  # as it is stored
             saved += rows * columns * (ckpt.dtype.itemsize - (scheme.bits + (scale + scheme.bits) / group) / 8)
     return _plain(ckpt) - saved
 
@@ -216,7 +216,7 @@ def _finetuning(
         memory += len(shapes) * _activations(ckpt, recipe, step.batch_size)
         memory += sum((1 + size) * math.prod(shape) for index in blocks for shape in shapes[index])
     largest = max(sum(math.prod(shape) for shape in found) for found in shapes.values())
-    return memory + 4 * 6 * largest + 6 * LOGIT_BYTES
+    return memory + 4 * 6 * largest + 6 * finetune.LOGIT_BYTES
 
 
 def _finetune_work(

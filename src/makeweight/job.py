@@ -22,6 +22,7 @@ from makeweight.export.run import target_of
 from makeweight.methods.base import Context
 from makeweight.models.checkpoint import Checkpoint
 from makeweight.models.load import open_checkpoint
+from makeweight.numerics.grid import scale_dtype_of
 from makeweight.numerics.memory import machine_memory
 from makeweight.paths import expanded
 from makeweight.plan import Plan, check, compose, in_pieces
@@ -144,9 +145,7 @@ class Job:
     @property
     def scale_dtype(self) -> torch.dtype:
         """The dtype of scales."""
-        named, stored = self.recipe.scheme.scale_dtype, self.ckpt.dtype
-        automatic = torch.float16 if stored == torch.float32 else stored
-        return automatic if named == "auto" else getattr(torch, named)
+        return scale_dtype_of(self.recipe.scheme, self.ckpt.dtype)
 
     def solver(self) -> Solver:
         """Return what solves one block."""

@@ -33,6 +33,12 @@ def ranges(weight_OGS: Tensor) -> tuple[Tensor, Tensor]:
     return weight_OGS.amin(-1).clamp_(max=0), weight_OGS.amax(-1).clamp_(min=0)
 
 
+def scale_dtype_of(scheme: Scheme, stored: torch.dtype) -> torch.dtype:
+    """Return the dtype of scales in a model whose weights are stored as `stored`."""
+    automatic = torch.float16 if stored == torch.float32 else stored
+    return automatic if scheme.scale_dtype == "auto" else getattr(torch, scheme.scale_dtype)
+
+
 def qparams(low_OG: Tensor, high_OG: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Turn ranges with low <= 0 <= high into scales and integer zero-points, both (O, G) in the ranges' dtype.
 
