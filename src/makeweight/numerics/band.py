@@ -18,17 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def band_size(rank: int, band: int) -> int:
-    """Return the number of free entries, R (2 b + 1) - b (b + 1)."""
-    return rank * (2 * band + 1) - band * (band + 1)
-
-
-def band_mask(rank: int, band: int, device: torch.device | None = None) -> Tensor:
-    """Return which entries of the (R, W) band lie inside the matrix, as booleans."""
-    rows_RW = torch.arange(rank, device=device).unsqueeze(1) + torch.arange(-band, band + 1, device=device)
-    return (rows_RW >= 0) & (rows_RW < rank)
-
-
 def band_to_dense(band_RW: Tensor) -> Tensor:
     """Write the band out as an R x R matrix."""
     rank, width = band_RW.shape
