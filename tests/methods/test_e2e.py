@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -45,3 +47,14 @@ def test_groups_of_zeros_have_no_step() -> None:
     state = a_state()
     padded = {name: torch.cat([weight_OI, torch.zeros_like(weight_OI)]) for name, weight_OI in state.items()}
     assert coarse(padded, 4) == pytest.approx(coarse(state, 4))
+
+
+@pytest.mark.parametrize(("bits", "steps", "learned"), [(8, 120, False), (8, 6000, True), (4, 120, True)])
+def test_scales_that_cannot_reach_their_next_value_are_left(bits: int, steps: int, learned: bool) -> None:
+    """A bfloat16 scale moves by 2**-8 of itself or more; at 8 bits 120 steps come to a twentieth of that at most."""
+    where = replace(context(Scheme(bits=bits, group_size=16)), scale_dtype=torch.bfloat16)
+    codes = Rtn().build(a_state(), where).codes(a_state())
+    refinement = E2e(steps=steps).build(codes, {"norm.weight": torch.ones(4)}, where)
+    names = ["e2e.rate"] if learned else []
+    assert [group.name for group in refinement.learnables()] == [*names, "e2e.norm_rate"]
+    assert all(weight_OI.requires_grad == learned for name, weight_OI in refinement().items() if name in codes)

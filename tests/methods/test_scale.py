@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from makeweight.methods.base import BlockStep, Params
-from makeweight.methods.block.scale import Let, Scale, into_down, relative_error, search
+from makeweight.methods.block.scale import Let, Scale, energy, into_down, lost, search
 from makeweight.methods.grid.clip import Rtn
 from makeweight.methods.grid.search import InputClip
 from makeweight.methods.weight.sde import Sde
@@ -108,8 +108,8 @@ def test_searched_scales_never_lose_more_at_the_readers(family: str) -> None:
         columns_I = per_reader(scale_C, spec, case.context.config, edge)
 
         def error(factors: Tensor, readers: tuple[str, ...] = edge.dst) -> float:
-            weights = {name: params[f"{name}.weight"] for name in readers}
-            return sum(relative_error(w, factors, inputs.moment(name), case.context) for name, w in weights.items())
+            found = [(params[f"{name}.weight"], inputs.moment(name)) for name in readers]
+            return sum(float(lost(w, factors, moment, case.context) / energy(w, moment)) for w, moment in found)
 
         assert error(columns_I) <= error(torch.ones(1))
 

@@ -56,6 +56,13 @@ def divergence(source: Path, out: Path, tokens_NT: Tensor) -> float:
     return float(F.kl_div(ours, theirs, reduction="sum", log_target=True)) / tokens_NT.numel()
 
 
+def test_nothing_to_learn_is_no_error(llama: Path, text: Path, tmp_path: Path) -> None:
+    """At 8 bits scales cannot reach the next value that they can have, and norms may be left as well."""
+    recipe = a_recipe(llama, tmp_path / "out", text, scheme=Scheme.parse("W8A16g32"), method="rtn+e2e")
+    record = quantize(replace(recipe, options={"e2e": {"steps": 4, "norms": False}}))
+    assert record.finetune["after"] == record.finetune["before"] and record.finetune["best_step"] == 0
+
+
 @pytest.mark.parametrize("rounding", [False, True])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "opt", "phi3", "gpt-neox"])
 def test_the_loss_is_that_of_the_written_model(family: str, rounding: bool, text: Path, tmp_path: Path) -> None:

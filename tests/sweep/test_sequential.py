@@ -124,3 +124,15 @@ def test_a_linear_that_no_token_reaches_is_rounded_to_nearest() -> None:
     assert shared_inputs(idle, case.hidden_NTD[:1])[-1] == ["idle"]
     moments = Moments(idle, {}, case.hidden_NTD, 2, torch.device("cpu"))
     assert torch.equal(moments.moment("idle"), torch.eye(32)), "as clip asks, whose weights have other names"
+
+
+def test_what_a_block_does_after_the_last_linear_asked_for_is_left_out(case: Problem) -> None:
+    calls: list[int] = []
+    handle = case.blocks[0].module.get_submodule("mlp.up_proj").register_forward_pre_hook(lambda *_: calls.append(1))
+    weights = {name: weight_OI.float() for name, weight_OI in case.blocks[0].state().items()}
+    alone, all_of_them = (Moments(case.blocks[0], weights, case.hidden_NTD, 5, CPU) for _ in range(2))
+    alone.gather([["self_attn.o_proj"]])
+    assert not calls
+    first = all_of_them.moment("self_attn.o_proj")
+    handle.remove()
+    assert len(calls) > 0 and torch.equal(alone.moment("self_attn.o_proj"), first)

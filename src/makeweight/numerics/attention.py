@@ -53,7 +53,8 @@ class _Causal(torch.autograd.Function):
         key_NTD, value_NTE = key_BKTD.flatten(0, 1), value_BKTE.flatten(0, 1)
         wide_NTD = _widened(key_NTD)
         out_NGTE = query_NGTD.new_empty(*query_NGTD.shape[:3], value_NTE.shape[-1])
-        keep = kept_bytes(*query_BHTD.shape[:3], itemsize=query_BHTD.element_size()) > 0
+        learns = any(ctx.needs_input_grad)
+        keep = learns and kept_bytes(*query_BHTD.shape[:3], itemsize=query_BHTD.element_size()) > 0
         kept: list[Tensor] = []
         for start, end in _stretches(query_NGTD.shape[2]):
             prob_NGSL = _probabilities(query_NGTD[:, :, start:end], wide_NTD[:, :end], scale)

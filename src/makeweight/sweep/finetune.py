@@ -112,7 +112,7 @@ class Finetune:
         every, began = -(-self.step.steps // CHECKS), time.perf_counter() - self.at.seconds
         if math.isnan(self.at.start):
             self.at.start = self.at.best = self._check()
-        while self.at.step < self.step.steps:
+        while self.at.step < self.step.steps and self.learnables():
             self.at.step += 1
             finite = self._learn()
             release_freed_memory()  # costs no time beside a step, and a tenth of the peak is what the heap kept

@@ -6,12 +6,13 @@ Shapes: N samples, B batch, T tokens, D hidden, I inputs of a linear.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from makeweight.calib.walk import StopForward
 from makeweight.sweep.block import Block
 
 
@@ -38,18 +39,27 @@ class Moments:
 
     @torch.no_grad()
     def gather(self, groups: Sequence[Sequence[str]]) -> None:
-        """Find the moments of groups of linears, each of which reads one tensor."""
+        """Find the moments of groups of linears, each of which reads one tensor.
+
+        What the block would do after the last of them is left out.
+        """
         sums: dict[str, Tensor] = {}
+        waiting: set[str] = set()
 
         def add(name: str, given: Tensor) -> None:
             rows = given.reshape(-1, given.shape[-1]).float()
             if name not in sums:
                 sums[name] = torch.zeros(rows.shape[1], rows.shape[1], device=rows.device)
             sums[name].addmm_(rows.T, rows)
+            waiting.discard(name)
+            if not waiting:
+                raise StopForward
 
         with _on_inputs(self.block, [names[0] for names in groups], add):
             for part_BTD in self.hidden_NTD.split(self.batch_size):
-                self.block(part_BTD.to(self.device), self.weights)
+                waiting |= {names[0] for names in groups}
+                with suppress(StopForward):
+                    self.block(part_BTD.to(self.device), self.weights)
         tokens = self.hidden_NTD.shape[0] * self.hidden_NTD.shape[1]
         for names in groups:
             moment = sums[names[0]] / tokens if names[0] in sums else self._independent(names[0])

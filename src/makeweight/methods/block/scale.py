@@ -109,7 +109,8 @@ def into_down(spec: ModelSpec, edge: Edge) -> bool:
 @torch.no_grad()
 def search(params: Params, context: Context, spec: ModelSpec, edge: Edge, inputs: Inputs) -> Tensor:
     """Return the factors (C,) of an edge's source that leave its readers' outputs the smallest error, fp32."""
-    readers = {name: (params[f"{name}.weight"], inputs.moment(name)) for name in edge.dst}
+    readers = [(params[f"{name}.weight"], inputs.moment(name)) for name in edge.dst]
+    energies = [energy(weight_OI, moment_II) for weight_OI, moment_II in readers]
     moment_II = inputs.moment(edge.dst[0])
     size_C = per_source(moment_II.diagonal(), spec, context.config, edge).clamp(min=TINY).sqrt()
     best, found_C = float("inf"), torch.ones_like(size_C)
@@ -118,17 +119,22 @@ def search(params: Params, context: Context, spec: ModelSpec, edge: Edge, inputs
         # A factor of the whole edge changes nothing; this one keeps the norm's weights near what they were.
         scale_C = (power_C.max() * power_C.min()).sqrt() / power_C
         columns_I = per_reader(scale_C, spec, context.config, edge)
-        error = sum(relative_error(weight, columns_I, moment, context) for weight, moment in readers.values())
+        losses = [lost(weight_OI, columns_I, moment_II, context) for weight_OI, moment_II in readers]
+        error = sum(float(loss / whole) for loss, whole in zip(losses, energies, strict=True))
         if error < best:
             best, found_C = error, scale_C
     return found_C
 
 
-def relative_error(weight_OI: Tensor, columns_I: Tensor, moment_II: Tensor, context: Context) -> float:
-    """Return what rounding W / columns to the nearest loses of the outputs' energy."""
+def energy(weight_OI: Tensor, moment_II: Tensor) -> Tensor:
+    """Return the mean over tokens of ||W x||^2, a scalar."""
+    return ((weight_OI @ moment_II) * weight_OI).sum()
+
+
+def lost(weight_OI: Tensor, columns_I: Tensor, moment_II: Tensor, context: Context) -> Tensor:
+    """Return the energy of what rounding W / columns to the nearest adds to the outputs, a scalar."""
     scheme = context.scheme
     weight_OGS = grouped(weight_OI / columns_I, scheme.group_of(weight_OI.shape[1], "a linear"))
     scale_OG, zero_OG = qparams(*ranges(weight_OGS), scheme, context.scale_dtype)
     rounded_OI = from_codes(to_codes(weight_OGS, scale_OG, zero_OG, scheme), scale_OG, zero_OG).flatten(1)
-    delta_OI = rounded_OI * columns_I - weight_OI
-    return float(((delta_OI @ moment_II) * delta_OI).sum() / ((weight_OI @ moment_II) * weight_OI).sum())
+    return energy(rounded_OI * columns_I - weight_OI, moment_II)

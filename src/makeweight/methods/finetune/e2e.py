@@ -66,9 +66,15 @@ class Scales(Refinement):
             {self.names[name]: torch.zeros(held.codes_OI.shape) for name, held in moving.items()}
         )
         self.unit = coarseness(codes)
+        self.factors.requires_grad_(self._reach(codes))
         self.rest = rest
         self.learned = tuple(name for name in rest if step.norms and _of_norm(name, rest, codes))
         self.norms = nn.ParameterDict({self.names[name]: rest[name].float().clone() for name in self.learned})
+
+    def _reach(self, codes: Mapping[str, QTensor]) -> bool:
+        """Whether all steps together could take a scale to the next value that its dtype holds."""
+        finest = min((torch.finfo(held.scale_OG.dtype).eps for held in codes.values()), default=0.0)
+        return self.step.rate * self.unit * self.step.steps >= finest / 4
 
     def scales(self, name: str) -> Tensor:
         """Return a matrix's scales as they are stored, (O, G) fp32; gradients pass."""
@@ -90,7 +96,8 @@ class Scales(Refinement):
         return moving_grid(held.codes_OI, offset_OI, scale_OG, zero_OG, held.scheme, self.context.dtype)
 
     def learnables(self) -> Iterator[Learnables]:  # noqa: D102
-        yield Learnables("e2e.rate", tuple(self.factors.values()), self.step.rate, self.unit)
+        if all(factor_OG.requires_grad for factor_OG in self.factors.values()):
+            yield Learnables("e2e.rate", tuple(self.factors.values()), self.step.rate, self.unit)
         if self.offsets:
             yield Learnables("e2e.rounding_rate", tuple(self.offsets.values()), self.step.rounding_rate)
         if self.learned:
@@ -124,6 +131,9 @@ class Scales(Refinement):
 @dataclass(frozen=True, kw_only=True)
 class E2e(FinetuneStep):
     """Learn all scales at once for `steps` steps of `batch_size` sequences, and with `rounding` all codes.
+
+    Scales of fine grids stay, as bfloat16 ones at 7 and 8 bits by default: all steps together would not take them to
+    the next value that they can have.
 
     `rate` is how far one AdamW step moves a scale, relative to its first value, times the block's `coarseness`;
     `norm_rate` a norm's weight, relative to their typical size; `rounding_rate` a code, in codes: what is nearest
