@@ -283,8 +283,8 @@ def _block_work(plan: Plan, recipe: Recipe, ckpt: Checkpoint, shapes: Sequence[t
     passes = (2 + (plan.target is not None)) / 3 * block_flops(shapes, hidden, calib.samples, calib.seqlen)
     tokens = calib.samples * calib.seqlen
     if plan.rounding is not None:
-        # A pass and the products of inputs per group of linears, of which blocks have about four; then the feedback.
-        passes *= 3
+        # What comes before each group of linears, about a pass and a half in all; products of inputs; the feedback.
+        passes += 1.5 / 3 * block_flops(shapes, hidden, calib.samples, calib.seqlen)
         passes += sum(2 * tokens * columns**2 + 2 * rows * columns**2 for rows, columns in shapes)
     for step in (*plan.exact, plan.grid):
         if step.reads_inputs:
