@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from makeweight import pipeline
 from makeweight.errors import UserError
+from makeweight.export import manifest
 from makeweight.export.folder import MARKER, Folder
 from makeweight.export.solved import Solved
 from makeweight.job import Job
@@ -33,11 +34,55 @@ pytestmark = pytest.mark.usefixtures("known_rate")
 
 def test_a_finished_run_needs_no_room(llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = small(llama, tmp_path / "out", text, eval=NOT_MEASURED, method="mse+e2e", formats=("gptq",))
-    done = quantize(recipe)
+    done, before = quantize(recipe), stamps(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     assert quantize(recipe) == done
+    assert stamps(tmp_path) == before, "nothing is written again, formats and manifests no more than weights"
     with pytest.raises(UserError, match="free some space"):
         quantize(replace(recipe, formats=("gptq", "dense")))
+
+
+def stamps(folder: Path) -> dict[Path, int]:
+    """Return when every file of a folder was written."""
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"}
+
+
+def test_what_was_damaged_stays_so_in_a_record_written_again(llama: Path, text: Path, tmp_path: Path) -> None:
+    recipe = small(llama, tmp_path / "out", text, eval=NOT_MEASURED, method="rtn")
+    quantize(recipe)
+    damaged = tmp_path / "out" / "tokenizer_config.json"
+    damaged.write_text(damaged.read_text() + " ")
+    for changes in ({"formats": ("dense",)}, {"eval": Eval(datasets=(str(text),), seqlen=64, windows=2)}):
+        quantize(replace(recipe, **changes))
+        (problem,) = manifest.check(tmp_path / "out")
+        assert "tokenizer_config.json has" in problem
+
+
+def test_what_is_not_asked_for_again_stays_in_the_record(llama: Path, text: Path, tmp_path: Path) -> None:
+    recipe = small(llama, tmp_path / "out", text, method="rtn", formats=("dense",))
+    first = quantize(recipe)
+    assert quantize(replace(recipe, formats=())) == first
+    assert quantize(replace(recipe, eval=NOT_MEASURED)) == first
+    both = quantize(replace(recipe, eval=NOT_MEASURED, formats=("gptq",)))
+    assert both.perplexities == first.perplexities and both.recipe["eval"] == first.recipe["eval"]
+    assert [item["format"] for item in both.exports] == ["dense", "gptq"]
+    assert Recipe.load(tmp_path / "out" / "recipe.json").eval == recipe.eval
+
+
+def test_the_same_text_by_another_name_is_the_same_run(llama: Path, text: Path, tmp_path: Path) -> None:
+    other = tmp_path / "copy.txt"
+    other.write_bytes(text.read_bytes())
+    recipe, copied = (small(llama, tmp_path / "out", path, eval=NOT_MEASURED) for path in (text, other))
+    other.with_name("less.txt").write_bytes(text.read_bytes()[:-1500])
+    less = small(llama, tmp_path / "out", other.with_name("less.txt"), eval=NOT_MEASURED)
+    assert Job.prepare(recipe).identity() == Job.prepare(copied).identity() != Job.prepare(less).identity()
+
+
+def test_the_most_memory_of_all_that_solved_is_kept(tmp_path: Path) -> None:
+    folder = Folder.claim(tmp_path / "out", identity="one", device="cpu", shards=1)
+    for peaks in ([300, 0], [200, 7]):
+        folder.note_solver({"machine": {}, "peaks": peaks})
+    assert folder.solved_by["peaks"] == [300, 7]
 
 
 def test_a_run_is_finished_where_it_was_begun(llama: Path, text: Path, tmp_path: Path) -> None:

@@ -72,6 +72,13 @@ def test_written_by_hand() -> None:
     assert made == recipe(scheme=Scheme.parse("W3A16g64"), blocks=(0, 8), calib=Calib(seqlen=512))
 
 
+def test_what_is_given_beside_a_saved_part_comes_first(tmp_path: Path) -> None:
+    (tmp_path / "r.json").write_text('{"out": "o", "eval": {"windows": [12, 6]}}')
+    read = Recipe.load(tmp_path / "r.json", model="m", out=None)
+    assert (read.model, read.out, read.eval.windows) == ("m", "o", (12, 6))
+    assert Recipe.load(tmp_path / "r.json", model="m", out="p").out == "p"
+
+
 def test_given_tables_are_copied() -> None:
     options = {"sde": {"band": 2}}
     made = recipe(options=options)

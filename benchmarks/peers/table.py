@@ -59,7 +59,7 @@ def _row(name: str, cell: Mapping[str, Any], original: Mapping[str, Any], *, tim
         _later(cell, original),
         _divergence(cell.get("divergence")),
         *(f"{cell[clock] / 60:.1f}" if timed else "-" for clock in ("wall_seconds", "cpu_seconds")),
-        f"{cell['peak_memory_mb'] / 1000:.1f}",
+        "-" if cell.get("resumed") else f"{cell['peak_memory_mb'] / 1000:.1f}",
     ]
 
 

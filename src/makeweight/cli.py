@@ -133,7 +133,7 @@ def quantize(
 ) -> None:
     """Quantize a model; the same command resumes."""
     text = {"dataset": dataset, "nsamples": nsamples, "seqlen": seqlen, "written": written, "piece": piece}
-    saved = Recipe.load(recipe) if recipe else None
+    saved = Recipe.load(recipe, model=model, out=out) if recipe else None
     grid = options.grid(saved.scheme if saved else Scheme(), scheme, bits, group_size, sym, scale_dtype)
     base = options.by_method(options.at_effort(saved or options.start(model, out, grid), effort, method), method)
     rates, texts = options.rates(base, lr, option), options.evaluated(eval_dataset, no_eval=no_eval)

@@ -130,6 +130,7 @@ class Job:
         data = recipe_data(self.recipe)
         for name in ("model", "out", "eval", "formats", "trust_remote_code"):
             del data[name]
+        del data["calib"]["dataset"]  # its tokens count, wherever the file lies
         del data["tune"]["device"]  # the folder holds on to it until everything is solved
         plan = self.plan
         if plan.finetune is not None:  # what is kept for the way back changes no byte: a run short of memory goes on

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -113,6 +114,7 @@ class Run:
                         sweep.pass_on(index, store.weights(index))
                 else:
                     store.commit(index, sweep.solve(index, bars.step) if sweep else self._round(solver, index))
+                    folder.note_solver(_process(job.device))
                 bars.block()
 
     def samples(self, tokens_NT: Tensor) -> tuple[Tensor, float]:
@@ -180,16 +182,24 @@ class Run:
             record = replace(Record.load(folder.path), path=str(folder.path))  # it may have been moved
         except (OSError, ValueError, KeyError, TypeError):
             return None  # what was measured can be measured again
-        return record if record.recipe["eval"] == recipe_data(job.recipe)["eval"] else None
+        wanted = recipe_data(job.recipe)["eval"]
+        return record if not wanted["datasets"] or record.recipe["eval"] == wanted else None
 
     def exported(self, record: Record) -> Record:
-        """Write the formats that a recipe names where they are not there whole, and the record where it changes."""
+        """Write the formats that a recipe names where they are not there whole, and the record where it changes.
+
+        What was measured or exported before and is not asked for now stays in the record.
+        """
         job, folder = self.job, self.folder
         found = write_formats(Solved(folder.path), job.recipe.formats) if job.recipe.formats else ()
-        exports = tuple({**asdict(item), "path": str(item.path)} for item in found)
-        if json.dumps(exports) == json.dumps(record.exports) and (folder.path / "recipe.json").is_file():
+        known = {item["path"]: item for item in record.exports if Path(item["path"]).is_dir()}
+        known |= {str(item.path): {**asdict(item), "path": str(item.path)} for item in found}
+        exports = tuple(known[path] for path in sorted(known))
+        same = json.dumps(exports, sort_keys=True) == json.dumps(record.exports, sort_keys=True)
+        if same and (folder.path / "recipe.json").is_file():
             return record
-        record = replace(record, recipe=recipe_data(job.recipe), exports=exports)
+        recipe = {**recipe_data(job.recipe), "eval": record.recipe["eval"]}
+        record = replace(record, recipe=recipe, exports=exports)
         folder.unseal()
         self._write(record)
         folder.seal()
@@ -230,7 +240,7 @@ class Run:
 
     def _write(self, record: Record) -> None:
         """Write the record, and the recipe that gives it: evaluation and formats may be others than before."""
-        self.folder.write_text("recipe.json", self.job.recipe.to_json())
+        self.folder.write_text("recipe.json", Recipe.from_json(json.dumps(record.recipe)).to_json())
         self.folder.write_text(FILE, record.to_json())
 
 

@@ -166,8 +166,8 @@ class Recipe:
         return json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
     @classmethod
-    def from_json(cls, text: str, *, source: str = "the recipe") -> Recipe:
-        """Read what `to_json` wrote, or a part of it: what is left out has its default.
+    def from_json(cls, text: str, *, source: str = "the recipe", **given: str | None) -> Recipe:
+        """Read what `to_json` wrote, or a part of it: what is left out has its default, what is given comes first.
 
         `scheme` may be shorthand such as "W3A16g64". Raises UserError on anything unknown or of the wrong kind.
         """
@@ -177,7 +177,7 @@ class Recipe:
             raise UserError(f"{source} is not JSON: {error.msg} in line {error.lineno}.") from None
         except (ValueError, RecursionError) as error:
             raise UserError(f"{source} cannot be read as JSON ({error}).") from None
-        data = _mapping(source, data)
+        data = _mapping(source, data) | {name: value for name, value in given.items() if value is not None}
         scheme = data.get("scheme")
         if isinstance(scheme, str):
             data["scheme"] = Scheme.parse(scheme)
@@ -195,14 +195,14 @@ class Recipe:
         Path(path).write_text(self.to_json(), encoding="utf-8")
 
     @classmethod
-    def load(cls, path: Path | str) -> Recipe:
-        """Read a recipe from a JSON file; raises UserError where there is none or it is wrong."""
+    def load(cls, path: Path | str, **given: str | None) -> Recipe:
+        """Read a recipe from a JSON file, as `from_json` does; raises UserError where there is none or it is wrong."""
         try:
             text = expanded(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else "it is not UTF-8 text"
             raise UserError(f"recipe {str(path)!r} cannot be read: {reason}.") from None
-        return cls.from_json(text, source=f"recipe {str(path)!r}")
+        return cls.from_json(text, source=f"recipe {str(path)!r}", **given)
 
 
 def parse_blocks(text: str) -> tuple[int, int]:

@@ -143,6 +143,13 @@ def test_hub_names_know_their_parts(hub: list[dict[str, Any]], tokenizer: PreTra
     assert tokenizer.decode(token_stream(tokenizer, "c4", split="test")[:21]) == "document 0 document 1"
 
 
+@pytest.mark.usefixtures("hub")
+def test_as_much_of_c4_is_evaluated_as_others_do(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert len(evaluation_windows(tokenizer, "c4", seqlen=16)) == 256
+    assert len(evaluation_windows(tokenizer, "c4:validation", seqlen=16, windows=300)) == 300
+    assert len(evaluation_windows(tokenizer, "wikitext2", seqlen=16)) > 300
+
+
 @pytest.mark.parametrize("name", HUB)
 def test_a_hub_that_fails_names_the_way_out(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def load_dataset(*_: Any, **__: Any) -> None:

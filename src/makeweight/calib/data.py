@@ -114,8 +114,8 @@ def evaluation_windows(
 ) -> Tensor:
     """Cut the held-out part of a source into adjacent windows of `seqlen` tokens, dropping the tail: int64 [N, T].
 
-    `windows` keeps the first so many (fewer where the text is shorter), None keeps all. Raises UserError where the text
-    is shorter than one window.
+    `windows` keeps the first so many (fewer where the text is shorter), None as many as the field takes of a named data
+    set, and else all. Raises UserError where the text is shorter than one window.
     """
     if seqlen < 2:
         raise UserError(f"seqlen={seqlen} leaves nothing to predict: give at least 2.")
@@ -126,7 +126,9 @@ def evaluation_windows(
         raise UserError(
             f"{source} holds {len(stream)} tokens but one window needs {seqlen}: give more text, or a smaller seqlen."
         )
-    return _windows(stream, seqlen)[:windows].clone()
+    usual = HUB.get(source.partition(":")[0])
+    kept = usual.windows if windows is None and usual else windows
+    return _windows(stream, seqlen)[:kept].clone()
 
 
 def evaluation_texts(

@@ -31,8 +31,9 @@ class HubText:
     """Where a public data set lies, and how the field reads it.
 
     `parts` maps a part to the file that holds it ("" where the hub knows the part by name). `joiner` and `limit`
-    (documents per part) follow the field's loaders, so that perplexities compare (C4: its first 1100 validation
-    documents joined by spaces, known as "c4-new"; PTB: its test sentences joined by spaces).
+    (documents per part) follow the field's loaders, so that perplexities compare, and so does `windows`, how many of
+    the held-out part count where nobody says (C4: the first 256 of its first 1100 validation documents joined by
+    spaces, known as "c4-new"; PTB: its test sentences joined by spaces).
     """
 
     path: str
@@ -43,6 +44,7 @@ class HubText:
     column: str = "text"
     joiner: str = "\n\n"
     limit: Mapping[str, int] = field(default_factory=dict)
+    windows: int | None = None
 
 
 HUB: dict[str, HubText] = {
@@ -61,6 +63,7 @@ HUB: dict[str, HubText] = {
         held_out="validation",
         joiner=" ",
         limit={"train": 5000, "validation": 1100},
+        windows=256,
     ),
     "ptb": HubText(
         path="ptb-text-only/ptb_text_only",

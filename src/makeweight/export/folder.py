@@ -24,6 +24,8 @@ from makeweight.paths import expanded
 
 MARKER = "makeweight.json"
 REPORTS = "blocks.json"
+UNSEALED = ".manifest.json"
+"""The manifest of a folder whose record is being written again."""
 NOTE = "export.json"
 """What was written from which solved folder."""
 OWN = (MARKER, REPORTS, NOTE, "recipe.json", "record.json", manifest.NAME)
@@ -207,20 +209,24 @@ class Folder:
 
     @property
     def solved_by(self) -> dict[str, Any]:
-        """What was noted of the process that finished solving; empty before."""
+        """What was noted of the process that solved last; empty before."""
         return (self.marker() or {}).get("solved_by") or {}
 
     def note_solver(self, facts: Mapping[str, Any]) -> None:
-        """Note what the process that finished solving was and took: later ones evaluate only."""
-        self._write_json(MARKER, {**(self.marker() or {}), "solved_by": dict(facts)})
+        """Note what the process that solves is and the most memory that it, or one that died before it, has taken."""
+        peaks = [max(pair) for pair in zip(facts["peaks"], self.solved_by.get("peaks", facts["peaks"]), strict=True)]
+        self._write_json(MARKER, {**(self.marker() or {}), "solved_by": {**facts, "peaks": peaks}})
 
     def unseal(self) -> None:
-        """Take the manifest away before the folder changes: without it, the same command finishes the change."""
-        (self.path / manifest.NAME).unlink(missing_ok=True)
+        """Put the manifest aside before the folder changes: without it, the same command finishes the change."""
+        if self.sealed:
+            (self.path / manifest.NAME).replace(self.path / UNSEALED)
 
     def seal(self) -> None:
-        """Write the manifest of the folder as it is now; its last file."""
-        self.write_text(manifest.NAME, manifest.build(self.path))
+        """Write the manifest of the folder, its last file; of what was sealed before only what was written anew."""
+        old = self.path / UNSEALED
+        self.write_text(manifest.NAME, manifest.renew(self.path, old) if old.is_file() else manifest.build(self.path))
+        old.unlink(missing_ok=True)
 
     @property
     def sealed(self) -> bool:
@@ -270,7 +276,7 @@ def _read_json(file: Path) -> dict[str, Any] | None:
 
 def _settle(part: Path, final: Path) -> None:
     """Bring a file to the disk, then to its name: after a power cut it is whole or absent."""
-    with part.open("rb") as stream:
+    with part.open("r+b") as stream:  # Windows brings only what is open for writing to the disk
         os.fsync(stream.fileno())
     part.chmod(0o666 & ~_umask())  # safetensors makes its files private
     part.replace(final)

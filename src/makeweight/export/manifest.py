@@ -30,10 +30,17 @@ def tensor_hash(tensor: Tensor) -> str:
 
 def build(folder: Path) -> str:
     """Return the text of a folder's manifest, made from the files as they lie on the disk."""
-    files = {
-        name: {"bytes": (folder / name).stat().st_size, "sha256": _file_hash(folder / name)} for name in _files(folder)
-    }
-    return _text({"files": files, "tensors": _tensors(folder)})
+    return _text({"files": {name: _entry(folder / name) for name in _files(folder)}, "tensors": _tensors(folder)})
+
+
+def renew(folder: Path, old: Path) -> str:
+    """Return an old manifest's text with what is `REWRITTEN` as it lies on the disk now; the rest is as it was written.
+
+    A file that was damaged since stays one that `check` names.
+    """
+    found = json.loads(old.read_bytes())
+    files = found["files"] | {name: _entry(folder / name) for name in REWRITTEN}
+    return _text({"files": files, "tensors": found["tensors"]})
 
 
 def check(folder: Path, *, kinds: tuple[str, ...] = ("",), strangers: bool = True) -> list[str]:
@@ -108,6 +115,10 @@ def _files(folder: Path) -> list[str]:
     found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     names = (path.as_posix() for path in found if not any(part.startswith(".") for part in path.parts))
     return sorted(name for name in names if name != NAME)
+
+
+def _entry(file: Path) -> dict[str, Any]:
+    return {"bytes": file.stat().st_size, "sha256": _file_hash(file)}
 
 
 def _file_hash(file: Path) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import resource
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -58,10 +57,14 @@ def reset_peak_memory() -> None:
 
 
 def peak_memory() -> int:
-    """Return the largest resident size of this process in bytes, since the last reset."""
+    """Return the largest resident size of this process in bytes, since the last reset; 0 where nobody tells."""
     with suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
