@@ -67,6 +67,18 @@ def test_what_is_not_asked_for_again_stays_in_the_record(llama: Path, text: Path
     assert both.perplexities == first.perplexities and both.recipe["eval"] == first.recipe["eval"]
     assert [item["format"] for item in both.exports] == ["dense", "gptq"]
     assert Recipe.load(tmp_path / "out" / "recipe.json").eval == recipe.eval
+    other = quantize(replace(recipe, eval=replace(recipe.eval, windows=1), formats=()))
+    assert other.perplexities != first.perplexities and other.exports == both.exports
+
+
+def test_code_that_is_not_copied_is_not_named(text: Path, tmp_path: Path) -> None:
+    source = tiny_folder("llama", tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoConfig": "mine.MyConfig"}}))
+    (source / "mine.py").write_text("")
+    quantize(small(source, tmp_path / "out", text, method="rtn", eval=NOT_MEASURED))
+    assert not (tmp_path / "out" / "mine.py").exists()
+    assert "auto_map" not in json.loads((tmp_path / "out" / "config.json").read_text())
 
 
 def test_the_same_text_by_another_name_is_the_same_run(llama: Path, text: Path, tmp_path: Path) -> None:

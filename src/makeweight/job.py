@@ -177,6 +177,8 @@ class Job:
     def config(self) -> dict[str, Any]:
         """Return config.json: the model's own, with the quantization described."""
         config = json.loads((self.ckpt.path / "config.json").read_text(encoding="utf-8"))
+        if not self.recipe.trust_remote_code:
+            config.pop("auto_map", None)  # it names code that is not copied
         solved = {f"{self.ckpt.block_module_path(i)}.{name}" for i in self.blocks for name in self.ckpt.linears()}
         ignore = [name for name in self.ckpt.all_linears() if name not in solved]
         config["quantization_config"] = compressed_tensors.quantization_config(self.recipe.scheme, ignore)

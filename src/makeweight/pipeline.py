@@ -178,12 +178,15 @@ class Run:
             return None
         if problems := manifest.check(folder.path, kinds=(".safetensors",)):
             raise UserError(f"{folder.path} is not what was solved: {' '.join(problems)} {REPAIR}")
+        wanted, record = recipe_data(job.recipe)["eval"], self._last()
+        return record if record and (not wanted["datasets"] or record.recipe["eval"] == wanted) else None
+
+    def _last(self) -> Record | None:
+        """Return the record that lies in the folder; what was measured can be measured again where there is none."""
         try:
-            record = replace(Record.load(folder.path), path=str(folder.path))  # it may have been moved
+            return replace(Record.load(self.folder.path), path=str(self.folder.path))  # it may have been moved
         except (OSError, ValueError, KeyError, TypeError):
-            return None  # what was measured can be measured again
-        wanted = recipe_data(job.recipe)["eval"]
-        return record if not wanted["datasets"] or record.recipe["eval"] == wanted else None
+            return None
 
     def exported(self, record: Record) -> Record:
         """Write the formats that a recipe names where they are not there whole, and the record where it changes.
@@ -208,7 +211,7 @@ class Run:
     def record(self) -> Record:
         """Evaluate the written folder and write the record."""
         job, folder = self.job, self.folder
-        start, recipe = time.perf_counter(), job.recipe
+        start, recipe, last = time.perf_counter(), job.recipe, self._last()
         perplexities, baselines = measure(recipe, str(folder.path), str(job.ckpt.path))
         reports = tuple({"block": i, **(folder.report(i + 1) or {})} for i in job.blocks)
         digest, bits_per_weight = totals(reports)
@@ -227,6 +230,7 @@ class Run:
             baselines=baselines,
             blocks=reports,
             finetune=folder.finetuned or {},
+            exports=last.exports if last else (),
             machine=solver["machine"],
             cost=Cost(
                 solve_seconds=seconds_of(folder.report(0), *reports, folder.finetuned),

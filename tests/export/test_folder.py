@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from makeweight.errors import UserError
+from makeweight.export import manifest
 from makeweight.export.folder import INDEX, MARKER, Folder
 from tests.runs import files, same_bits
 
@@ -185,6 +186,23 @@ def test_finishing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert index["weight_map"] == {"embed": first, "up.weight": second, "down.weight": second}
     assert folder.size() == sum(path.stat().st_size for path in folder.path.glob("*.safetensors"))
     assert not list(folder.path.glob("*.part"))
+
+
+def test_a_manifest_that_could_not_be_written_names_only_what_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = claim(tmp_path / "out", shards=1)
+    folder.write(0, TENSORS, {})
+    folder.finish({}, [], tmp_path, {})
+
+    def full(descriptor: int) -> None:
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space left"):
+        patch.setattr(os, "fsync", full)
+        folder.seal()
+    folder.seal()
+    assert manifest.check(folder.path) == []
 
 
 def test_finishing_without_a_shard_fails(tmp_path: Path) -> None:

@@ -150,7 +150,10 @@ def test_a_beginning_that_the_tokenizer_adds(tmp_path: Path) -> None:
     solved = solved_model("llama", "W4A16g32_sym", tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(solved)
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<s> $A", "<s> $A $B", [("<s>", 256)])
-    tokenizer.save_pretrained(solved)
+    # As training with a fixed length leaves it; nobody means that prompts end so.
+    tokenizer.backend_tokenizer.enable_padding(length=8, pad_id=257, pad_token="</s>")
+    tokenizer.backend_tokenizer.enable_truncation(1)
+    tokenizer.backend_tokenizer.save(str(solved / "tokenizer.json"))
     (item,) = export_model(solved, ["gguf"], out=tmp_path)
     found = fields(next(item.path.glob("*.gguf")))
     assert found["tokenizer.ggml.add_bos_token"] is True and found["tokenizer.ggml.add_eos_token"] is False

@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from makeweight.errors import UserError
+from makeweight.export.compressed_tensors import quantization_config
 from makeweight.models.load import open_checkpoint
+from makeweight.numerics.scheme import Scheme
 from tests.tiny import tiny_folder, tiny_model
 
 
@@ -217,6 +219,21 @@ def test_other_quantized_formats(folder: Path, method: str) -> None:
     config["quantization_config"] = {"quant_method": method, "format": "float-quantized", "config_groups": {}}
     (folder / "config.json").write_text(json.dumps(config))
     assert "is already quantized" in refused(folder)
+
+
+@pytest.mark.parametrize("given", [{"dynamic": False}, {"strategy": "tensor"}, {"symmetric": False}, {"type": "float"}])
+def test_activations_that_are_rounded_in_another_way(folder: Path, given: dict[str, Any]) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = quantization_config(Scheme.parse("W8A8"), ())
+    inputs = config["quantization_config"]["config_groups"]["group_0"]["input_activations"]
+    config["quantization_config"]["config_groups"]["group_0"]["input_activations"] = {**inputs, **given}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "rounds activations otherwise" in refused(folder)
+
+
+def test_an_adapter_beside_the_model(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text("{}")
+    assert "holds an adapter beside its model: merge it first" in refused(folder)
 
 
 def test_no_tokenizer(tmp_path: Path) -> None:

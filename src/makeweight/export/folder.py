@@ -263,7 +263,9 @@ def copy_files(files: Iterable[Path], root: Path, folder: Path) -> None:
     for file in files:
         target = folder / file.relative_to(root)
         target.parent.mkdir(exist_ok=True)
-        shutil.copyfile(file, target)
+        part = target.with_name(f"{target.name}.part")
+        shutil.copyfile(file, part)
+        _settle(part, target)
 
 
 def _read_json(file: Path) -> dict[str, Any] | None:

@@ -91,6 +91,9 @@ def add(writer: GGUFWriter, folder: Path, rows: int) -> None:
     writer.add_token_types([kind for _, kind in tokens])
     special = SpecialVocab(folder, load_merges=True, n_vocab=rows)
     # What the tokenizer does counts; its files may say it in several ways or not at all.
-    found, ids = Tokenizer.from_file(str(file)).encode("a").ids, special.special_token_ids
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    found, ids = tokenizer.encode("a").ids, special.special_token_ids
     special.add_special_token = {"bos": found[0] == ids.get("bos"), "eos": found[-1] == ids.get("eos")}
     special.add_to_gguf(writer, quiet=True)

@@ -111,10 +111,10 @@ def _text(content: dict[str, Any]) -> str:
 
 
 def _files(folder: Path) -> list[str]:
-    """Return every file but the manifest; hidden ones, which hubs and file managers add, do not count."""
+    """Return every file but the manifest, whole or begun, and hidden ones, which hubs and file managers add."""
     found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     names = (path.as_posix() for path in found if not any(part.startswith(".") for part in path.parts))
-    return sorted(name for name in names if name != NAME)
+    return sorted(name for name in names if name not in (NAME, f"{NAME}.part"))
 
 
 def _entry(file: Path) -> dict[str, Any]:

@@ -30,11 +30,13 @@ def open_checkpoint(model: str | Path, *, trust_remote_code: bool = False) -> Ch
         path = gguf.to_folder(path)
     if not (path / "config.json").is_file():
         raise UserError(f"{path} has no config.json: give a Hugging Face model folder, a hub name or a .gguf file.")
+    if (path / "adapter_config.json").is_file():
+        raise UserError(f"{path} holds an adapter beside its model: merge it first, or move adapter_config.json away.")
     raw = read_json(path / "config.json")
     quantization = raw.get("quantization_config") or {}
     try:
         bits = packed.declared_bits(quantization, str(path)) if quantization else ()
-        activations = packed.declared_activations(quantization)
+        activations = packed.declared_activations(quantization, str(path))
     except UserError:
         raise
     except (AttributeError, TypeError, ValueError) as error:

@@ -46,11 +46,21 @@ def _transforms(quantization: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     yield from (entry for group in groups.values() for entry in group.get("apply") or ())
 
 
-def declared_activations(quantization: Mapping[str, Any]) -> int:
-    """Return the bits to which the runtime rounds what enters a packed linear; 16 where it does not."""
+def declared_activations(quantization: Mapping[str, Any], folder: str) -> int:
+    """Return the bits to which the runtime rounds what enters a packed linear; 16 where it does not.
+
+    Raises UserError for any other way than one symmetric scale for each token, found as the model runs.
+    """
     groups = (quantization.get("config_groups") or {}).values()
-    found = [group.get("input_activations") for group in groups]
-    return min((int(given["num_bits"]) for given in found if given), default=16)
+    found = [given for group in groups if (given := group.get("input_activations"))]
+    for given in found:
+        grid = (given.get("type", "int"), given.get("symmetric", True), given.get("strategy"), given.get("dynamic"))
+        if grid != ("int", True, "token", True):
+            raise UserError(
+                f"{folder} rounds activations otherwise than to integers with one symmetric scale for each token: "
+                "give the model that it was made from."
+            )
+    return min((int(given.get("num_bits", 8)) for given in found), default=16)
 
 
 def decode(parts: Mapping[str, Tensor], bits: tuple[int, ...], name: str) -> Tensor:

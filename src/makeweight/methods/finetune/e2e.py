@@ -66,7 +66,8 @@ class Scales(Refinement):
             {self.names[name]: torch.zeros(held.codes_OI.shape) for name, held in moving.items()}
         )
         self.unit = coarseness(codes)
-        self.factors.requires_grad_(self._reach(codes))
+        self.moves_scales = self._reach(codes)
+        self.factors.requires_grad_(self.moves_scales)
         self.rest = rest
         self.learned = tuple(name for name in rest if step.norms and _of_norm(name, rest, codes))
         self.norms = nn.ParameterDict({self.names[name]: rest[name].float().clone() for name in self.learned})
@@ -96,7 +97,7 @@ class Scales(Refinement):
         return moving_grid(held.codes_OI, offset_OI, scale_OG, zero_OG, held.scheme, self.context.dtype)
 
     def learnables(self) -> Iterator[Learnables]:  # noqa: D102
-        if all(factor_OG.requires_grad for factor_OG in self.factors.values()):
+        if self.moves_scales:
             yield Learnables("e2e.rate", tuple(self.factors.values()), self.step.rate, self.unit)
         if self.offsets:
             yield Learnables("e2e.rounding_rate", tuple(self.offsets.values()), self.step.rounding_rate)
