@@ -125,7 +125,9 @@ def test_per_channel_and_scheme(ran: list[Any]) -> None:
 def test_dry_run(ran: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
     assert main("quantize --model m --nsamples 9 --dry-run".split()) == 0
     assert ran == []
-    assert capsys.readouterr().out == "about 9 samples\n"
+    assert capsys.readouterr() == ("about 9 samples\n", "")
+    assert main("quantize --model m --method rtn --nsamples 9 --dry-run".split()) == 0
+    assert capsys.readouterr().err == "Not used by this run of rtn: --nsamples.\n"
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,8 @@ from makeweight.models.checkpoint import Checkpoint
 from makeweight.models.inspect import describe
 from makeweight.models.load import open_checkpoint
 from makeweight.numerics.scheme import Scheme
-from makeweight.plan import check, compose, fits
-from makeweight.recipe import Calib, Eval, Recipe
+from makeweight.plan import check, compose, fits, unused
+from makeweight.recipe import Calib, Eval, Recipe, Tune
 from tests.tiny import tiny_folder
 
 
@@ -238,3 +239,23 @@ def test_fits_speaks_of_every_method(ckpt: Checkpoint, tmp_path: Path) -> None:
         assert all(reason is None or reason.strip() for reason in verdicts.values())
         unfit = [name for name, method in PRESETS.items() if method.step.needs_edges and described is not ckpt]
         assert [name for name, reason in verdicts.items() if reason] == unfit
+
+
+def test_options_that_change_nothing_are_named() -> None:
+    given = Recipe(
+        model="m",
+        out="o",
+        calib=Calib(dataset="text.txt", nsamples=8, seqlen=32, piece=16),
+        tune=Tune(steps=4, batch_size=3),
+        eval=Eval(datasets=(), windows=2),
+    )
+
+    def left_aside(method: str) -> str:
+        return " ".join(unused(replace(given, method=method)))
+
+    assert left_aside("flipround+e2e") == "--eval-windows"
+    assert left_aside("rtn+e2e") == "--steps --eval-windows"
+    assert left_aside("gptq") == "--piece --steps --eval-windows"
+    unread = "--dataset --nsamples --seqlen --batch-size --piece --steps --eval-windows"
+    assert left_aside("rtn") == unread
+    assert unused(Recipe(model="m", out="o", method="rtn")) == []

@@ -153,8 +153,11 @@ def quantize(
     )
     from makeweight.pipeline import preflight
     from makeweight.pipeline import quantize as run
+    from makeweight.plan import unused
     from makeweight.report.tables import show
 
+    if idle := unused(wanted):
+        print(f"Not used by this run of {wanted.method}: {', '.join(idle)}.", file=sys.stderr)
     if dry_run:
         print(preflight(wanted))
     else:

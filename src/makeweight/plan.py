@@ -12,7 +12,7 @@ from makeweight.methods.grid.clip import Rtn
 from makeweight.methods.loss.cross_layer import Mse
 from makeweight.methods.presets import COMPOSED, zoo
 from makeweight.methods.weight.sde import Sde
-from makeweight.recipe import Option, Recipe
+from makeweight.recipe import Calib, Eval, Option, Recipe, Tune
 
 if TYPE_CHECKING:
     from makeweight.models.checkpoint import Checkpoint
@@ -191,6 +191,24 @@ def in_pieces(plan: Plan, recipe: Recipe) -> tuple[Plan, Recipe]:
     tune = replace(recipe.tune, batch_size=recipe.tune.batch_size * count)
     finetune = plan.finetune and replace(plan.finetune, batch_size=plan.finetune.batch_size * count)
     return replace(plan, finetune=finetune), replace(recipe, calib=cut, tune=tune)
+
+
+def unused(recipe: Recipe) -> list[str]:
+    """Return the options that a recipe sets and that change nothing in what it runs."""
+    plan = compose(recipe.method)
+    cut = plan.learns or plan.finetune is not None
+    used = {
+        "--dataset": plan.calibrates or recipe.calib.dataset == Calib.dataset,
+        "--nsamples": plan.calibrates or recipe.calib.nsamples == Calib.nsamples,
+        "--seqlen": plan.calibrates or recipe.calib.seqlen == Calib.seqlen,
+        "--written": plan.calibrates or not recipe.calib.written,
+        "--batch-size": plan.calibrates or recipe.tune.batch_size == Tune.batch_size,
+        "--piece": cut or recipe.calib.piece == Calib.piece,
+        "--steps": plan.learns or recipe.tune.steps == Tune.steps,
+        "--eval-seqlen": bool(recipe.eval.datasets) or recipe.eval.seqlen == Eval.seqlen,
+        "--eval-windows": bool(recipe.eval.datasets) or recipe.eval.windows is None,
+    }
+    return [option for option, counts in used.items() if not counts]
 
 
 def _check_alike(ckpt: Checkpoint) -> None:
