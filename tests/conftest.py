@@ -13,10 +13,10 @@ from tests.tiny import tiny_folder
 @pytest.fixture
 def known_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     """Spare a run the measurement behind its estimate."""
-    from makeweight import estimate
+    from makeweight.estimate import work
 
-    monkeypatch.setattr(estimate, "matmul_rate", lambda device, **kind: 1e12)
-    monkeypatch.setattr(estimate, "step_rate", lambda *work, **kind: 1e12)
+    monkeypatch.setattr(work, "matmul_rate", lambda device, **kind: 1e12)
+    monkeypatch.setattr(work, "step_rate", lambda *work, **kind: 1e12)
 
 
 @pytest.fixture(scope="session")

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from makeweight import estimate as room
 from makeweight.errors import UserError
-from makeweight.estimate import Estimate, estimate
+from makeweight.estimate import memory, run, work
+from makeweight.estimate.run import Estimate, estimate
 from makeweight.models.checkpoint import Checkpoint
 from makeweight.models.load import open_checkpoint
 from makeweight.numerics import attention
@@ -32,8 +32,8 @@ def ckpt(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 @pytest.fixture
 def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
-    monkeypatch.setattr(room, "matmul_rate", lambda device, **kind: RATE)
-    monkeypatch.setattr(room, "step_rate", lambda *work, **kind: RATE)
+    monkeypatch.setattr(work, "matmul_rate", lambda device, **kind: RATE)
+    monkeypatch.setattr(work, "step_rate", lambda *work, **kind: RATE)
     scheme, calib = Scheme(bits=3, group_size=32), Calib(dataset="x", nsamples=64, seqlen=128)
     return Recipe(model="m", out=str(tmp_path / "out"), scheme=scheme, calib=calib, tune=Tune(steps=50, batch_size=2))
 
@@ -114,7 +114,7 @@ def test_a_full_disk_is_refused_before_the_work(
     class Usage(NamedTuple):
         free: int
 
-    monkeypatch.setattr(room.shutil, "disk_usage", lambda path: Usage(free=1000))
+    monkeypatch.setattr(run.shutil, "disk_usage", lambda path: Usage(free=1000))
     with pytest.raises(UserError, match=r"out needs .* GB and its disk has 0\.0 GB: free some space\.$"):
         of(recipe, ckpt)
 
@@ -129,7 +129,7 @@ def test_a_run_that_goes_on_needs_room_for_the_rest_only(
     (out / "deep").mkdir(parents=True)
     (out / "deep" / "shard").write_bytes(bytes(disk - 500))
     asked: list[Path] = []
-    monkeypatch.setattr(room.shutil, "disk_usage", lambda path: asked.append(path) or Usage(free=1000))
+    monkeypatch.setattr(run.shutil, "disk_usage", lambda path: asked.append(path) or Usage(free=1000))
     of(recipe, ckpt)
     assert asked == [out], "the folder may be a disk of its own"
     (out / "deep" / "shard").write_bytes(bytes(disk - 1500))
@@ -150,7 +150,7 @@ def test_disk_of_other_formats_and_of_a_packed_source(
 
 def test_memory_of_a_block_and_of_wide_numbers(recipe: Recipe, ckpt: Checkpoint) -> None:
     weights = sum(out * into for out, into in ckpt.linear_shapes().values())
-    assert of(recipe, ckpt, method="rtn").memory_bytes > room.BASE_BYTES + 10 * weights
+    assert of(recipe, ckpt, method="rtn").memory_bytes > memory.BASE_BYTES + 10 * weights
     wide = replace(recipe, tune=replace(recipe.tune, dtype="float32"))
     stream = 64 * 128 * 64
     more = of(wide, ckpt, method="lwc").memory_bytes - of(recipe, ckpt, method="lwc").memory_bytes
@@ -213,6 +213,8 @@ def test_what_is_solved_takes_no_more_time(recipe: Recipe, ckpt: Checkpoint) -> 
     assert (whole.blocks, rest.blocks, tuned.blocks) == (3, 1, 0)
     assert tuned.seconds < rest.seconds < whole.seconds
     assert rest.memory_bytes == whole.memory_bytes
+    first, last = (estimate(compose("lwc"), recipe, ckpt, range(3), cpu, left=[left]).seconds for left in (0, 2))
+    assert first < last, "what is solved before a block is passed through"
     assert tuned.sentence().startswith("All blocks are solved: what is left will take ")
 
 
@@ -225,8 +227,8 @@ def test_time_is_that_of_the_dtype_it_runs_in(
         asked.append(dtype)
         return RATE
 
-    monkeypatch.setattr(room, "matmul_rate", rate)
-    monkeypatch.setattr(room, "step_rate", rate)
+    monkeypatch.setattr(work, "matmul_rate", rate)
+    monkeypatch.setattr(work, "step_rate", rate)
     narrow = replace(recipe, tune=replace(recipe.tune, dtype="float32"))
     estimate(compose("lwc"), narrow, ckpt, range(3), torch.device("cpu"), windows=2)
     assert asked == [torch.float32, ckpt.dtype, torch.float32]

@@ -137,7 +137,7 @@ def quantize(
     grid = options.grid(saved.scheme if saved else Scheme(), scheme, bits, group_size, sym, scale_dtype)
     base = options.by_method(options.at_effort(saved or options.start(model, out, grid), effort, method), method)
     rates, texts = options.rates(base, lr, option), options.evaluated(eval_dataset, no_eval=no_eval)
-    wanted = options.changed(
+    wanted = options.whole(
         base,
         model=model,
         scheme=grid,
@@ -153,11 +153,8 @@ def quantize(
     )
     from makeweight.pipeline import preflight
     from makeweight.pipeline import quantize as run
-    from makeweight.plan import unused
     from makeweight.report.tables import show
 
-    if idle := unused(wanted):
-        print(f"Not used by this run of {wanted.method}: {', '.join(idle)}.", file=sys.stderr)
     if dry_run:
         print(preflight(wanted))
     else:

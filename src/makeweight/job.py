@@ -13,7 +13,7 @@ from torch import Tensor
 from makeweight import __version__
 from makeweight.calib.capture import check_replay, find_device
 from makeweight.calib.data import behind, calibration_tokens, check_tokens, evaluation_texts
-from makeweight.estimate import Estimate, estimate
+from makeweight.estimate.run import Estimate, estimate
 from makeweight.export import compressed_tensors
 from makeweight.export.base import Facts
 from makeweight.export.folder import Folder

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -48,6 +49,16 @@ def by_method(base: Recipe, method: str | None) -> Recipe:
 def changed(base: T, **changes: Any) -> T:
     """Replace what was given on the command line and keep the rest."""
     return replace(base, **{name: value for name, value in changes.items() if value is not None})  # pyright: ignore[reportReturnType, reportArgumentType]
+
+
+def whole(base: Recipe, **changes: Any) -> Recipe:
+    """Replace what was given on the command line, and print which options change nothing in what then runs."""
+    from makeweight.plan import unused
+
+    recipe = changed(base, **changes)
+    if found := unused(recipe):
+        print(f"Not used by this run of {recipe.method}: {', '.join(found)}.", file=sys.stderr)
+    return recipe
 
 
 def grid(

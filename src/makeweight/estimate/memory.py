@@ -1,0 +1,124 @@
+"""Bytes in memory, by the part of a run that needs them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from makeweight.calib.written import writing_bytes
+from makeweight.evals import perplexity, predictions
+from makeweight.methods.base import FinetuneStep
+from makeweight.numerics.attention import kept_bytes
+from makeweight.plan import Plan
+from makeweight.recipe import Recipe
+from makeweight.sweep import finetune
+
+if TYPE_CHECKING:
+    from makeweight.models.checkpoint import Checkpoint
+
+
+BASE_BYTES = 700e6
+"""Python, torch and transformers."""
+
+
+def peak_bytes(
+    plan: Plan,
+    recipe: Recipe,
+    ckpt: Checkpoint,
+    shapes: dict[int, list[tuple[int, int]]],
+    blocks: range,
+    *,
+    windows: int,
+) -> float:
+    """Return the most that a run holds at a time, with the evaluation of so many windows."""
+    largest = max(shapes.values(), key=lambda found: sum(math.prod(shape) for shape in found))
+    outside = BASE_BYTES + _resident(ckpt)
+    parts = [outside + 10 * sum(map(math.prod, largest))]  # a block as it is read, in fp32, quantized, and its codes
+    if plan.calibrates:
+        parts.append(outside + _learning(plan, recipe, ckpt, largest))
+        if recipe.calib.written:
+            parts.append(outside + writing_bytes(ckpt, recipe.calib.seqlen))
+        if plan.finetune is not None:
+            parts.append(outside + _finetuning(plan.finetune, recipe, ckpt, shapes, blocks))
+    if windows:
+        parts.append(BASE_BYTES + _evaluating(recipe, ckpt, largest, windows))
+    return max(parts)
+
+
+def _resident(ckpt: Checkpoint) -> float:
+    """Return bytes of what stays in memory: everything outside the blocks."""
+    inside = f"{ckpt.spec.blocks}."
+    sizes = (math.prod(shape) for name, shape in ckpt.parameters().items() if not name.startswith(inside))
+    return sum(sizes) * ckpt.dtype.itemsize
+
+
+def _learning(plan: Plan, recipe: Recipe, ckpt: Checkpoint, shapes: Sequence[tuple[int, int]]) -> float:
+    """Return bytes of streams, the blocks in memory, a chain with its gradients, and one batch's activations."""
+    config, calib, tune = ckpt.config.get_text_config(), recipe.calib, recipe.tune
+    weights = sum(math.prod(shape) for shape in shapes)
+    ahead = len(plan.loss.weights()) - 1
+    size = _forward_bytes(recipe)
+    streams = (3 + ahead + (plan.target is not None)) * calib.samples * calib.seqlen * config.hidden_size * size
+    factors = sum((rows + columns) * min(rows, columns) for rows, columns in shapes) * size
+    chain = weights * (4 * 6 + plan.weight_bytes) + (0 if plan.band is None else factors)
+    reads = any(step.reads_inputs for step in (*plan.exact, plan.grid))
+    products = 4 * sum(columns**2 for _, columns in shapes) if reads else 0
+    if plan.rounding is not None:
+        products = max(products, 4 * 4 * max(columns for _, columns in shapes) ** 2)
+    activations = (1 + ahead) * _activations(ckpt, recipe, tune.batch_size)
+    return streams + (1 + ahead) * weights * size + chain + products + activations
+
+
+def _finetuning(
+    step: FinetuneStep, recipe: Recipe, ckpt: Checkpoint, shapes: dict[int, list[tuple[int, int]]], blocks: range
+) -> float:
+    """Return bytes of all codes, their scales as they are learned, two streams, and what the backward pass keeps.
+
+    Codes lie in a file that is mapped: where memory is short they need not stay in it.
+    """
+    config, calib, size = ckpt.config.get_text_config(), recipe.calib, _forward_bytes(recipe)
+    memory = 0.0
+    for index, found in shapes.items():
+        weights = sum(math.prod(shape) for shape in found)
+        group = recipe.scheme.group_size if recipe.scheme.group_size > 0 else found[0][1]
+        memory += weights * (1 + 24 / group + step.weight_bytes) if index in blocks else size * weights
+    memory += 2 * calib.samples * calib.seqlen * config.hidden_size * size
+    states = step.batch_size * calib.seqlen * config.hidden_size * size
+    if step.recompute:
+        memory += len(shapes) * states + _activations(ckpt, recipe, step.batch_size)
+    else:  # with the weights of every block, and their codes once more
+        memory += len(shapes) * _activations(ckpt, recipe, step.batch_size)
+        memory += sum((1 + size) * math.prod(shape) for index in blocks for shape in shapes[index])
+    largest = max(sum(math.prod(shape) for shape in found) for found in shapes.values())
+    return memory + 4 * 6 * largest + 6 * finetune.LOGIT_BYTES
+
+
+def _evaluating(recipe: Recipe, ckpt: Checkpoint, shapes: Sequence[tuple[int, int]], windows: int) -> float:
+    """Return bytes of evaluating: norms and head in fp32, a block, every window's hidden states, a batch, logits.
+
+    Norms, head and states of the original are there as well where it is compared with.
+    """
+    config, size = ckpt.config.get_text_config(), ckpt.dtype.itemsize
+    states = windows * recipe.eval.seqlen * config.hidden_size * size
+    batch = 16 * max(perplexity.BATCH_TOKENS, recipe.eval.seqlen) * config.hidden_size * size
+    outside = _resident(ckpt) * 4 / size
+    models = 1 + recipe.eval.baseline
+    block = size * sum(math.prod(shape) for shape in shapes)
+    return models * (outside + states) + block + batch + 2 * models * predictions.LOGIT_BYTES
+
+
+def _activations(ckpt: Checkpoint, recipe: Recipe, batch_size: int) -> float:
+    """Return bytes that one block keeps of one batch for its backward pass."""
+    config, seqlen = ckpt.config.get_text_config(), recipe.calib.seqlen
+    heads, each = getattr(config, "num_attention_heads", 1), 34 * _forward_bytes(recipe)
+    if recipe.scheme.activations < 16:
+        each += 60  # what enters each linear, in fp32 before it is rounded
+    return each * batch_size * seqlen * config.hidden_size + kept_bytes(batch_size, heads, seqlen)
+
+
+def _forward_bytes(recipe: Recipe) -> int:
+    """Return bytes of a number of the forward pass."""
+    return getattr(torch, recipe.tune.dtype).itemsize
