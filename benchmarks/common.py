@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from makeweight.errors import UserError
+from makeweight.paths import locked
 from makeweight.recipe import Eval
 
 ROOT = Path(__file__).parents[1]
@@ -53,11 +54,18 @@ class Cells:
 
     def keep(self, name: str, cell: Mapping[str, Any]) -> None:
         """Add a cell to what the file holds by now, and write it, whole or not at all."""
-        self.cells = {**self._read(), name: dict(cell)}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        part = self.path.with_suffix(f".{os.getpid()}.part")
-        part.write_text(json.dumps(self.cells, indent=1, sort_keys=True) + "\n")
-        part.replace(self.path)
+        with locked(self.path.parent, wait=True):
+            self.cells = {**self._read(), name: dict(cell)}
+            write_json(self.path, self.cells)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}.part")
+    part.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+    part.replace(path)
 
 
 def divergences(results: Any) -> dict[str, float]:

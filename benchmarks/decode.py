@@ -26,6 +26,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from benchmarks.common import write_json
+
 ROLES = ("ours", "other", "dense")
 PROMPT = "The lighthouse keeper counted 17 ships before noon and"
 RESULTS = Path(__file__).parent / "results" / "decode.json"
@@ -175,9 +177,8 @@ def main() -> None:
         speed = f"{row['tokens_per_second']:>10.1f}   {span:<18}"
         print(f"  {row['role']:<8} {row['megabytes']:>10.0f} {speed} {row['times_ours']:>12.3f}")
     kept = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
     names = " ".join(Path(folder).name for folder in args.folders)
-    RESULTS.write_text(json.dumps({**kept, f"{args.runtime}: {names}": found}, indent=1) + "\n")
+    write_json(RESULTS, {**kept, f"{args.runtime}: {names}": found})
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.common import write_json
 from makeweight.calib.capture import place
 from makeweight.methods.base import Context
 from makeweight.models.attention import speed_up
@@ -242,8 +243,7 @@ def main() -> None:
         print(f"{title}, forward and backward")
         for name, took in times.items():
             print(f"  {name:<12} {took * 1e3:7.1f} ms  {times[first] / took:5.1f} x {first}")
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    RESULTS.write_text(json.dumps(found | parts, indent=1) + "\n")
+    write_json(RESULTS, found | parts)
 
 
 if __name__ == "__main__":

@@ -14,10 +14,9 @@ from typing import Any
 from benchmarks.common import RESULTS, ROOT, table
 from benchmarks.peers.table import DOMAINS, markdown
 from recipes import hosts
-from recipes.ablation import BLOCKS, CALIB, TUNE
+from recipes.ablation import BLOCKS, CALIB, METHODS, TUNE
 
 START, END = "<!-- results -->", "<!-- /results -->"
-METHODS = ("rtn", "lwc", "lwc+lsi", "lwc+sde", "lwc+cl", "lwc+sde+cl")
 Cells = dict[str, dict[str, Any]]
 
 

@@ -215,6 +215,8 @@ def test_what_is_solved_takes_no_more_time(recipe: Recipe, ckpt: Checkpoint) -> 
     assert rest.memory_bytes == whole.memory_bytes
     first, last = (estimate(compose("lwc"), recipe, ckpt, range(3), cpu, left=[left]).seconds for left in (0, 2))
     assert first < last, "what is solved before a block is passed through"
+    writes = replace(recipe, calib=replace(recipe.calib, written=64))
+    assert estimate(plan, writes, ckpt, range(3), cpu, left=[], tuned=True).seconds == tuned.seconds
     assert tuned.sentence().startswith("All blocks are solved: what is left will take ")
 
 

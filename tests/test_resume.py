@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from makeweight import pipeline
 from makeweight.errors import UserError
 from makeweight.export.folder import MARKER, Folder
+from makeweight.export.manifest import check
 from makeweight.numerics.scheme import Scheme
 from makeweight.pipeline import preflight, quantize
 from makeweight.recipe import Calib, Eval, Recipe, Tune
@@ -115,6 +116,22 @@ def test_killed_while_evaluating(llama: Path, text: Path, straight: Path, tmp_pa
     interrupted(recipe, pipeline, "measure", lambda *args: True)
     assert solved(recipe) == []
     the_same(tmp_path / "out", straight)
+
+
+@pytest.mark.parametrize("formats", [(), ("dense",)])
+def test_killed_between_the_record_and_the_manifest(
+    formats: tuple[str, ...], llama: Path, text: Path, tmp_path: Path
+) -> None:
+    recipe = small(llama, tmp_path / "out", text, method="rtn")
+    if formats:
+        quantize(recipe)
+    recipe = replace(recipe, formats=formats)
+    interrupted(recipe, Folder, "seal", lambda folder: folder.path == tmp_path / "out")
+    with pytest.MonkeyPatch.context() as patch:
+        kill(patch, pipeline, "measure", lambda *args: True)
+        record = quantize(recipe)
+    assert record.perplexities and check(tmp_path / "out") == []
+    assert Record.load(tmp_path / "out").to_json() == record.to_json()
 
 
 def test_killed_before_the_marker(llama: Path, text: Path, straight: Path, tmp_path: Path) -> None:

@@ -45,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(markdown(results.cells))
                 return int(any("error" in cell for cell in results.cells.values()))
         results = Cells(FILE)
-        race(results, chosen, Track(Terms.full(args.threads), WORK / "peers").cell, retry=args.retry)
+        track = Track(Terms.full(args.threads), WORK / "peers")
+        race(results, chosen, track.cell, clear=track.clear, retry=args.retry)
         print(markdown(results.cells))
     except (UserError, BrokenRunError) as error:
         print(error, file=sys.stderr)

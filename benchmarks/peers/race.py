@@ -81,7 +81,7 @@ class Track:
         """Run and judge one entry; raises BrokenRunError where either fails, and leaves its log."""
         if entry.run is None:
             return self._judged(self.work, {"folder": self.material["model"]})
-        out = self.work / entry.name.replace("/", "-")
+        out = self._folder(entry)
         options = entry.run.shortened() if self.terms.short else dict(entry.run.options)
         scheme = Scheme.parse(entry.setting)
         grid = {"bits": scheme.bits, "group_size": scheme.group_size}
@@ -93,7 +93,6 @@ class Track:
         usage, answer = self._solve(entry.run, out, job)
         about = {"original": self.material["model"], "run": entry.name.partition("/")[2], **grid}
         judged = self._judged(out, {"folder": str(out / "dense"), **about})
-        shutil.rmtree(out)
         return {
             "setting": entry.setting,
             "program": entry.run.program,
@@ -107,6 +106,13 @@ class Track:
             **answer,
             **judged,
         }
+
+    def clear(self, entry: Entry) -> None:
+        """Delete what the run of an entry wrote."""
+        shutil.rmtree(self._folder(entry), ignore_errors=True)
+
+    def _folder(self, entry: Entry) -> Path:
+        return self.work / entry.name.replace("/", "-")
 
     def _solve(self, chosen: Run, out: Path, job: dict[str, Any]) -> tuple[Usage, dict[str, Any]]:
         program = PROGRAMS[chosen.program]
@@ -146,9 +152,17 @@ def is_left(out: Path, job: dict[str, Any]) -> bool:
 
 
 def race(
-    results: Cells, chosen: Sequence[Entry], fill: Callable[[Entry], dict[str, Any]], *, retry: bool = False
+    results: Cells,
+    chosen: Sequence[Entry],
+    fill: Callable[[Entry], dict[str, Any]],
+    *,
+    clear: Callable[[Entry], None] = lambda entry: None,
+    retry: bool = False,
 ) -> None:
-    """Fill every cell that is not there yet; one that failed, or is of other options, waits for `retry`."""
+    """Fill every cell that is not there yet; one that failed, or is of other options, waits for `retry`.
+
+    `clear` is called once a cell that did not fail is kept.
+    """
     for entry in chosen:
         known = results.cells.get(entry.name)
         stale = known is not None and entry.run is not None and known.get("options") not in (None, entry.run.options)
@@ -164,3 +178,5 @@ def race(
             program = {} if entry.run is None else {"setting": entry.setting, "program": entry.run.program}
             cell = {**program, "error": str(error)}
         results.keep(entry.name, cell)
+        if "error" not in cell:
+            clear(entry)

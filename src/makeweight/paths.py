@@ -1,7 +1,10 @@
-"""Paths as users write them."""
+"""Paths as users write them, folders kept from other processes, files brought to the disk."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from makeweight.errors import UserError
@@ -15,3 +18,43 @@ def expanded(path: str | Path) -> Path:
         return Path(path).expanduser()
     except RuntimeError as error:
         raise UserError(f"{path} names the home directory of nobody here: give the path without ~.") from error
+
+
+@contextmanager
+def locked(folder: Path, *, wait: bool) -> Iterator[bool]:
+    """Keep other processes out of a folder meanwhile; the system forgets the lock of one that dies.
+
+    Where another has it, waits for it or raises UserError. Yields False on systems and disks that know no such lock.
+    """
+    handle = _lock(folder, wait=wait)
+    try:
+        yield handle is not None
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def _lock(folder: Path, *, wait: bool) -> int | None:
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    with suppress(OSError):  # some network disks have no locks
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError as error:
+            os.close(handle)
+            if isinstance(error, BlockingIOError):
+                raise UserError(
+                    f"{folder} is being written by another run: wait for it, or give another --out."
+                ) from None
+            return None
+        return handle
+    return None
+
+
+def to_disk(file: Path) -> None:
+    """Bring a written file to the disk, whatever happens to the machine afterwards."""
+    with file.open("r+b") as stream:  # Windows brings only what is open for writing to the disk
+        os.fsync(stream.fileno())

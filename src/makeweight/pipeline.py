@@ -42,6 +42,8 @@ def quantize(recipe: Recipe) -> Record:
     keep_freed_memory()
     reset_peak_memory()
     job = Job.prepare(recipe)
+    if job.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(job.device)
     shards, device = job.ckpt.n_blocks + 1, job.device.type
     folder = Folder.claim(recipe.out, identity=job.identity(), device=device, shards=shards)
     with folder.alone(), _threads(folder):
@@ -88,6 +90,7 @@ class Run:
         if record is None:
             folder.unseal()
             record = self.record()
+        if not folder.sealed:
             folder.seal()
         return self.exported(record)
 
@@ -171,12 +174,11 @@ class Run:
     def known(self) -> Record | None:
         """Return the record of a finished folder, None where it is missing, unreadable or of other texts.
 
-        Raises UserError where weights have changed on the disk since, or another file is lost.
+        A run that was stopped between its record and the manifest has one. Raises UserError where weights have
+        changed on the disk since, or another file is lost.
         """
         job, folder = self.job, self.folder
-        if not folder.sealed:
-            return None
-        if problems := manifest.check(folder.path, kinds=(".safetensors",)):
+        if folder.sealed and (problems := manifest.check(folder.path, kinds=(".safetensors",))):
             raise UserError(f"{folder.path} is not what was solved: {' '.join(problems)} {REPAIR}")
         wanted, record = recipe_data(job.recipe)["eval"], self._last()
         return record if record and (not wanted["datasets"] or record.recipe["eval"] == wanted) else None
@@ -250,5 +252,5 @@ class Run:
 
 def _process(device: torch.device) -> dict[str, Any]:
     """Describe what this process runs on, and the most memory it has taken so far, its own and the GPU's, in bytes."""
-    gpu = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+    gpu = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
     return {"machine": machine(device), "peaks": [peak_memory(), gpu]}

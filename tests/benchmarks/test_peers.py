@@ -71,8 +71,10 @@ def test_what_is_there_is_not_run_again(tmp_path: Path) -> None:
 
     chosen, file = [Entry(name=name) for name in "abc"], tmp_path / "peers.json"
     Cells(file).keep("a", {"wikitext2": 2.0})
-    race(Cells(file), chosen, fill)
+    cleared: list[tuple[str, bool]] = []
+    race(Cells(file), chosen, fill, clear=lambda entry: cleared.append((entry.name, entry.name in Cells(file).cells)))
     assert ran == ["b", "c"]
+    assert cleared == [("c", True)], "what a run wrote is deleted only once its cell is kept"
     kept = json.loads(file.read_text())
     assert kept == {"a": {"wikitext2": 2.0}, "b": {"error": "its last words"}, "c": {"wikitext2": 1.0}}
     race(Cells(file), chosen, fill)

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from makeweight.errors import UserError
 from makeweight.export import manifest
-from makeweight.export.folder import INDEX, MARKER, Folder
+from makeweight.export.folder import MARKER, Folder
+from makeweight.models.shards import INDEX
+from makeweight.paths import locked
 from tests.runs import files, same_bits
 
 TENSORS: dict[str, Tensor] = {
@@ -94,6 +96,25 @@ def test_one_run_at_a_time(tmp_path: Path) -> None:
             pass
     with second.alone():
         pass
+
+
+def test_a_folder_that_another_run_takes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both have seen an empty folder; the slower one finds a marker once nobody holds the folder any more."""
+    pytest.importorskip("fcntl")
+    out, seen = tmp_path / "out", Folder.check
+    out.mkdir()
+    with locked(out, wait=False):
+        assert "is being written by another run" in refused(out)
+
+    def slow(path: Path, **known: str) -> None:
+        seen(path, **known)
+        if known["identity"] == "mine":
+            claim(path, "theirs")
+
+    monkeypatch.setattr(Folder, "check", staticmethod(slow))
+    with pytest.raises(UserError, match="belongs to a run with another recipe"):
+        claim(out)
+    assert json.loads((out / MARKER).read_text())["identity"] == "theirs"
 
 
 def test_a_run_that_fails_lets_others_in(tmp_path: Path) -> None:

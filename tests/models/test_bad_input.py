@@ -231,6 +231,15 @@ def test_activations_that_are_rounded_in_another_way(folder: Path, given: dict[s
     assert "rounds activations otherwise" in refused(folder)
 
 
+@pytest.mark.parametrize("place", ["kv_cache_scheme", "output_activations"])
+def test_what_else_is_rounded_as_a_model_runs(folder: Path, place: str) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    found = config["quantization_config"] = quantization_config(Scheme.parse("W4A16"), ())
+    (found if place == "kv_cache_scheme" else found["config_groups"]["group_0"])[place] = {"num_bits": 8, "type": "int"}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "rounds outputs of its linears, or the cache of keys and values, as it runs" in refused(folder)
+
+
 def test_an_adapter_beside_the_model(folder: Path) -> None:
     (folder / "adapter_config.json").write_text("{}")
     assert "holds an adapter beside its model: merge it first" in refused(folder)

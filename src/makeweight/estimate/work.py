@@ -46,7 +46,7 @@ def solving_seconds(
     work = sum(_block_work(plan, recipe, ckpt, shapes[index]) for index in left)
     passed = set(range(max(left, default=0))) - set(left)
     work += sum(_passing_work(plan, recipe, ckpt, shapes[index]) for index in passed)
-    if recipe.calib.written:
+    if recipe.calib.written and left:
         work += _writing_work(recipe, ckpt, shapes) / WRITING
     if plan.finetune is not None and not tuned:
         work += _finetune_work(plan.finetune, recipe, ckpt, shapes)

@@ -10,8 +10,8 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ from torch import Tensor
 
 from makeweight.errors import UserError
 from makeweight.export import manifest
-from makeweight.models.shards import first_line
-from makeweight.paths import expanded
+from makeweight.models.shards import INDEX, first_line
+from makeweight.paths import expanded, locked, to_disk
 
 MARKER = "makeweight.json"
 REPORTS = "blocks.json"
@@ -30,7 +30,6 @@ NOTE = "export.json"
 """What was written from which solved folder."""
 OWN = (MARKER, REPORTS, NOTE, "recipe.json", "record.json", manifest.NAME)
 """What is added to a folder besides the model; a model quantized again must not pass them on."""
-INDEX = "model.safetensors.index.json"
 
 Verify = Callable[[Mapping[str, Tensor]], None]
 
@@ -49,12 +48,14 @@ class Folder:
         """
         cls.check(path, identity=identity, device=device)
         folder = cls(expanded(path), shards)
-        if folder.marker() is None:
-            try:
-                folder.path.mkdir(parents=True, exist_ok=True)
-                folder._write_json(MARKER, {"identity": identity, "device": device, "done": False})
-            except OSError as error:
-                raise UserError(f"{path} cannot be made a folder ({error.strerror}): give another --out.") from error
+        try:
+            folder.path.mkdir(parents=True, exist_ok=True)
+            with folder.alone():
+                cls.check(path, identity=identity, device=device)  # another run may have been faster
+                if folder.marker() is None:
+                    folder._write_json(MARKER, {"identity": identity, "device": device, "done": False})
+        except OSError as error:
+            raise UserError(f"{path} cannot be made a folder ({error.strerror}): give another --out.") from error
         return folder
 
     @staticmethod
@@ -100,29 +101,9 @@ class Folder:
         """Whether everything has been written."""
         return bool((self.marker() or {}).get("done"))
 
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Keep other processes out of the folder meanwhile; the system forgets the lock of one that dies.
-
-        Raises UserError where another run holds it. Systems and disks that know no such lock do without.
-        """
-        handle = None
-        with suppress(ImportError, OSError):  # no fcntl on Windows, no locks on some network disks
-            import fcntl
-
-            handle = os.open(self.path, os.O_RDONLY)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                os.close(handle)
-                raise UserError(
-                    f"{self.path} is being written by another run: wait for it, or give another --out."
-                ) from None
-        try:
-            yield
-        finally:
-            if handle is not None:
-                os.close(handle)
+    def alone(self) -> AbstractContextManager[bool]:
+        """Keep other processes out of the folder meanwhile; raises UserError where another run holds it."""
+        return locked(self.path, wait=False)
 
     def threads(self, mine: int) -> int:
         """Return how many threads the run began with; a new one notes `mine`."""
@@ -278,8 +259,7 @@ def _read_json(file: Path) -> dict[str, Any] | None:
 
 def _settle(part: Path, final: Path) -> None:
     """Bring a file to the disk, then to its name: after a power cut it is whole or absent."""
-    with part.open("r+b") as stream:  # Windows brings only what is open for writing to the disk
-        os.fsync(stream.fileno())
+    to_disk(part)
     part.chmod(0o666 & ~_umask())  # safetensors makes its files private
     part.replace(final)
 

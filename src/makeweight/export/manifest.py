@@ -39,7 +39,7 @@ def renew(folder: Path, old: Path) -> str:
     A file that was damaged since stays one that `check` names.
     """
     found = json.loads(old.read_bytes())
-    files = found["files"] | {name: _entry(folder / name) for name in REWRITTEN}
+    files = found["files"] | {name: _entry(folder / name) for name in REWRITTEN if (folder / name).is_file()}
     return _text({"files": files, "tensors": found["tensors"]})
 
 

@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, suppress
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,6 +21,7 @@ from makeweight.errors import UserError
 from makeweight.models.gguf_rope import UnknownScaling, rope_parameters
 from makeweight.models.registry import empty_model, spec_for
 from makeweight.models.shards import first_line
+from makeweight.paths import locked, to_disk
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -76,9 +77,12 @@ def to_folder(file: Path) -> Path:
         return target
     said = _check(file)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with _alone(target):
+    with locked(target.parent, wait=True) as alone:
         if target.is_dir():
             return target
+        # What a killed process has left of the same file.
+        for left in target.parent.glob(f"{target.name}.part.*") if alone else ():
+            shutil.rmtree(left, ignore_errors=True)
         _check_disk(file, said, target.parent)
         part = Path(tempfile.mkdtemp(prefix=f"{target.name}.part.", dir=target.parent))
         try:
@@ -87,27 +91,6 @@ def to_folder(file: Path) -> Path:
         finally:
             shutil.rmtree(part, ignore_errors=True)
     return target
-
-
-@contextmanager
-def _alone(target: Path) -> Iterator[None]:
-    """Wait for other processes that convert, and delete what a killed one has left of the same file.
-
-    Systems and disks that know no such lock do without both.
-    """
-    handle = None
-    with suppress(ImportError, OSError):  # no fcntl on Windows, no locks on some network disks
-        import fcntl
-
-        handle = os.open(target.parent, os.O_RDONLY)
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        for left in target.parent.glob(f"{target.name}.part.*"):
-            shutil.rmtree(left, ignore_errors=True)
-    try:
-        yield
-    finally:
-        if handle is not None:
-            os.close(handle)
 
 
 def _check_disk(file: Path, said: _Said, folder: Path) -> None:
@@ -120,6 +103,8 @@ def _check_disk(file: Path, said: _Said, folder: Path) -> None:
 
 
 def _publish(part: Path, target: Path) -> None:
+    for file in part.iterdir():
+        to_disk(file)
     part.chmod(0o755)  # mkdtemp makes it private
     try:
         part.rename(target)

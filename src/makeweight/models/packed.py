@@ -49,7 +49,8 @@ def _transforms(quantization: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 def declared_activations(quantization: Mapping[str, Any], folder: str) -> int:
     """Return the bits to which the runtime rounds what enters a packed linear; 16 where it does not.
 
-    Raises UserError for any other way than one symmetric scale for each token, found as the model runs.
+    Raises UserError for any other way than one symmetric scale for each token, found as the model runs, and where
+    outputs or the cache of keys and values are rounded as well.
     """
     groups = (quantization.get("config_groups") or {}).values()
     found = [given for group in groups if (given := group.get("input_activations"))]
@@ -60,6 +61,11 @@ def declared_activations(quantization: Mapping[str, Any], folder: str) -> int:
                 f"{folder} rounds activations otherwise than to integers with one symmetric scale for each token: "
                 "give the model that it was made from."
             )
+    if quantization.get("kv_cache_scheme") or any(group.get("output_activations") for group in groups):
+        raise UserError(
+            f"{folder} rounds outputs of its linears, or the cache of keys and values, as it runs: give the model that "
+            "it was made from."
+        )
     return min((int(given.get("num_bits", 8)) for given in found), default=16)
 
 

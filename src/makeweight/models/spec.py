@@ -78,11 +78,6 @@ class ModelSpec:
         known = architecture in self.architectures
         return known and all(getattr(config, name, None) == value for name, value in self.requires)
 
-    @property
-    def readers(self) -> tuple[str, ...]:
-        """The linears that read the (normalised) residual stream."""
-        return tuple(name for edge in self.edges if edge.src in self.norms for name in edge.dst)
-
 
 @dataclass(frozen=True, kw_only=True)
 class HeadShape:

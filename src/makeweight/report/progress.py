@@ -23,10 +23,9 @@ class Bars:
         """Count one optimiser step."""
         self._progress.advance(self._steps)
 
-    def block(self, note: str = "") -> None:
+    def block(self) -> None:
         """Count one finished block and start the steps of the next."""
         self._progress.advance(self._blocks)
-        self._progress.update(self._blocks, description=f"blocks {note}".strip())
         self._progress.reset(self._steps, total=self._total)
 
 
