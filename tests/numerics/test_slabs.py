@@ -10,8 +10,9 @@ from torch import Tensor
 
 from makeweight.numerics import slabs
 from makeweight.numerics.flips import Flips
-from makeweight.numerics.grid import clipped_grid
+from makeweight.numerics.grid import clipped_grid, grouped
 from makeweight.numerics.scheme import Scheme
+from makeweight.numerics.search import best_factors, power_error
 from makeweight.numerics.slabs import by_rows
 from makeweight.numerics.stepgrid import moving_grid, stepped_grid
 
@@ -64,6 +65,14 @@ def moved(group: int) -> Sequence[Tensor]:
     return [out, *torch.autograd.grad(out, [offset, scale], draw(6, ROWS, COLUMNS).bfloat16())]
 
 
+def searched(group: int) -> Sequence[Tensor]:
+    def error(delta_OGS: Tensor) -> Tensor:
+        return power_error(delta_OGS, 2.0)
+
+    weight_OGS, shares = grouped(draw(0, ROWS, COLUMNS), group), (1.0, 0.8, 0.6)
+    return [best_factors(weight_OGS, Scheme(bits=3), torch.bfloat16, shares=shares, error=error)]
+
+
 @pytest.mark.parametrize("group", [32, COLUMNS])
 @pytest.mark.parametrize(
     "work",
@@ -73,8 +82,9 @@ def moved(group: int) -> Sequence[Tensor]:
         lambda group: clipped(group, offset=True, flips=True),
         stepped,
         moved,
+        searched,
     ],
-    ids=["clipped", "offset", "flips", "stepped", "moved"],
+    ids=["clipped", "offset", "flips", "stepped", "moved", "searched"],
 )
 def test_grids_are_the_same_in_slabs(
     work: Callable[[int], Sequence[Tensor]], group: int, five_rows: Callable[[], None]

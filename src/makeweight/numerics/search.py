@@ -12,6 +12,7 @@ from torch import Tensor
 
 from makeweight.numerics.grid import qparams, ranges, to_codes
 from makeweight.numerics.scheme import Scheme
+from makeweight.numerics.slabs import Rows, by_rows
 from makeweight.numerics.stepgrid import stored
 
 BETA, GROWTH = 10.0, 1.01
@@ -33,20 +34,27 @@ def best_factors(
 ) -> Tensor:
     """Return the share of each group's range, both ends alike, with the smallest error, (O, G).
 
-    `error` scores w_hat - w, which it may overwrite, (O, G, S) to (O, G). The first of equals wins. Memory is that of
-    three matrices and of what `error` takes, however many the shares.
+    `error` scores w_hat - w, row by row, which it may overwrite, (O, G, S) to (O, G). The first of equals wins. Rows
+    are taken a few at a time: memory is that of these, however many the shares.
     Source: the range search of GPTQ's reference code; AWQ's clip search with an error over inputs.
     """
-    low_OG, high_OG = ranges(weight_OGS)
-    factor_OG, best_OG = torch.ones_like(low_OG), torch.full_like(low_OG, torch.inf)
-    for share in shares:
-        scale_OG, zero_OG = qparams(low_OG * share, high_OG * share, scheme, scale_dtype)
-        delta_OGS = to_codes(weight_OGS, scale_OG, zero_OG, scheme)
-        delta_OGS.sub_(zero_OG.unsqueeze(-1)).mul_(scale_OG.unsqueeze(-1)).sub_(weight_OGS)
-        error_OG = error(delta_OGS)
-        better_OG = error_OG < best_OG
-        best_OG = torch.where(better_OG, error_OG, best_OG)
-        factor_OG.masked_fill_(better_OG, share)
+    shares = list(shares)
+
+    def search(part_OGS: Tensor) -> Rows:
+        low_OG, high_OG = ranges(part_OGS)
+        factor_OG, best_OG = torch.ones_like(low_OG), torch.full_like(low_OG, torch.inf)
+        for share in shares:
+            scale_OG, zero_OG = qparams(low_OG * share, high_OG * share, scheme, scale_dtype)
+            delta_OGS = to_codes(part_OGS, scale_OG, zero_OG, scheme)
+            delta_OGS.sub_(zero_OG.unsqueeze(-1)).mul_(scale_OG.unsqueeze(-1)).sub_(part_OGS)
+            error_OG = error(delta_OGS)
+            better_OG = error_OG < best_OG
+            best_OG = torch.where(better_OG, error_OG, best_OG)
+            factor_OG.masked_fill_(better_OG, share)
+        return (factor_OG,)
+
+    (factor_OG,) = by_rows(search, weight_OGS)
+    assert factor_OG is not None
     return factor_OG
 
 
