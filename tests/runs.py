@@ -1,17 +1,20 @@
-"""Small runs end to end: one text, one recipe, and ways to look at the folders they write."""
+"""Small runs end to end: one text, one recipe, ways to end them in between, and to look at the folders they write."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from makeweight.models.load import open_checkpoint
 from makeweight.numerics.scheme import Scheme
+from makeweight.pipeline import quantize
 from makeweight.recipe import Calib, Eval, Recipe, Tune
 
 LINES = "Sphinx of black quartz, judge my vow; {0} wizards jump {1} times over the lazy dog.\n"
@@ -78,3 +81,27 @@ def our_logits(folder: str | Path, tokens_NT: Tensor) -> Tensor:
     for i in range(ckpt.n_blocks):
         ckpt.load_block(model, i)
     return model(input_ids=tokens_NT, use_cache=False).logits
+
+
+class Killed(BaseException):
+    """What no handler of the program catches."""
+
+
+def kill(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, when: Callable[..., bool]) -> None:
+    """End the program where a method is called with arguments that `when` accepts."""
+    original = getattr(owner, name)
+
+    def dies(*args: Any, **kwargs: Any) -> Any:
+        if when(*args):
+            raise Killed
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, dies)
+
+
+def interrupted(recipe: Recipe, owner: Any, name: str, when: Callable[..., bool]) -> None:
+    """Run a recipe that ends so."""
+    with pytest.MonkeyPatch.context() as patch:
+        kill(patch, owner, name, when)
+        with pytest.raises(Killed):
+            quantize(recipe)

@@ -150,6 +150,8 @@ def test_dry_run(ran: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
         ("quantize --model m --effort bset", "effort 'bset' is unknown (did you mean 'best'?)"),
         ("quantize --model m --effort best --method lwc", "--method lwc another: give one of the two"),
         ("quantize --model m --device tpu", "choose auto, cpu or cuda"),
+        ("quantize --model m --format ,", "--format ',' names nothing"),
+        ("export m --format dense --push-to-hub=", "--push-to-hub names no repository"),
         ("quantize --model m --nsamples 0", "calib.nsamples=0 is too small"),
         ("quantize --recipe nowhere.json", "No such file"),
         ("quantise --model m", "Did you mean 'quantize'?"),

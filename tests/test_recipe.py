@@ -129,6 +129,7 @@ def test_json_refusals(text: str, says: str) -> None:
         ({"model": " "}, "model=' ' is empty"),
         ({"out": ""}, "out='' is empty"),
         ({"method": None}, "method=None is empty or not text"),
+        ({"method": b"rtn"}, "method=b'rtn' is empty or not text"),
         ({"scheme": "W4A16"}, "is not a Scheme"),
         ({"blocks": (3, 3)}, "3:3 is empty"),
         ({"blocks": (0.0, 3.0)}, "not a range"),
@@ -210,6 +211,9 @@ def test_public_names_are_what_they_are_called() -> None:
 def test_paths_may_be_paths(tmp_path: Path) -> None:
     recipe = Recipe(model=tmp_path / "model", out=tmp_path / "out")  # pyright: ignore[reportArgumentType]
     assert Recipe.from_json(recipe.to_json()) == recipe and recipe.model == str(tmp_path / "model")
+    text = tmp_path / "a.txt"
+    assert Calib(dataset=text) == Calib(dataset=str(text))  # pyright: ignore[reportArgumentType]
+    assert Eval(datasets=(text,)) == Eval(datasets=(str(text),))  # pyright: ignore[reportArgumentType]
 
 
 def test_one_text_is_not_a_list_of_texts() -> None:

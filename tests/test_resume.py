@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,16 +19,12 @@ from makeweight.pipeline import preflight, quantize
 from makeweight.recipe import Calib, Eval, Recipe, Tune
 from makeweight.report.record import Record
 from makeweight.sweep.run import Sweep
-from tests.runs import a_text, files, same_bits, small, tensors
+from tests.runs import a_text, files, interrupted, kill, same_bits, small, tensors
 from tests.tiny import tiny_folder
 
 OTHERS = {"config.json", "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json"}
 """Files besides the weights that do not depend on the folder's name and the run's seconds."""
 pytestmark = pytest.mark.usefixtures("known_rate")
-
-
-class Killed(BaseException):
-    """What no handler of the program catches."""
 
 
 def unmeasured(model: Path, out: Path, text: Path, **changes: Any) -> Recipe:
@@ -42,25 +37,6 @@ def straight(llama: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) 
     out = tmp_path_factory.mktemp("straight") / "out"
     quantize(unmeasured(llama, out, text))
     return out
-
-
-def kill(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, when: Callable[..., bool]) -> None:
-    """End the program where a method is called with arguments that `when` accepts."""
-    original = getattr(owner, name)
-
-    def dies(*args: Any, **kwargs: Any) -> Any:
-        if when(*args):
-            raise Killed
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(owner, name, dies)
-
-
-def interrupted(recipe: Recipe, owner: Any, name: str, when: Callable[..., bool]) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        kill(patch, owner, name, when)
-        with pytest.raises(Killed):
-            quantize(recipe)
 
 
 def solved(recipe: Recipe) -> list[int]:
@@ -126,12 +102,37 @@ def test_killed_between_the_record_and_the_manifest(
     if formats:
         quantize(recipe)
     recipe = replace(recipe, formats=formats)
-    interrupted(recipe, Folder, "seal", lambda folder: folder.path == tmp_path / "out")
+    interrupted(recipe, Folder, "seal", lambda folder: (folder.path / "record.json").exists())
     with pytest.MonkeyPatch.context() as patch:
         kill(patch, pipeline, "measure", lambda *args: True)
         record = quantize(recipe)
     assert record.perplexities and check(tmp_path / "out") == []
     assert Record.load(tmp_path / "out").to_json() == record.to_json()
+
+
+def test_a_damaged_shard_is_named_and_solved_again(llama: Path, text: Path, straight: Path, tmp_path: Path) -> None:
+    recipe = unmeasured(llama, tmp_path / "out", text)
+    interrupted(recipe, Sweep, "solve", lambda _, index, *rest: index == 2)
+    shard = tmp_path / "out" / "model-00002-of-00004.safetensors"
+    whole = shard.read_bytes()
+    for damage in (whole[:-1] + bytes([whole[-1] ^ 1]), whole[:-100], b""):
+        shard.write_bytes(damage)
+        with pytest.raises(UserError, match=rf"{shard} is not what was written: delete this one file"):
+            quantize(recipe)
+    shard.unlink()
+    assert solved(recipe) == [0, 2]
+    the_same(tmp_path / "out", straight)
+
+
+def test_weights_without_a_manifest_are_measured_again(llama: Path, text: Path, tmp_path: Path) -> None:
+    recipe = small(llama, tmp_path / "out", text, method="rtn")
+    quantize(recipe)
+    (tmp_path / "out" / "manifest.json").unlink()
+    measured: list[object] = []
+    with pytest.MonkeyPatch.context() as patch:
+        kill(patch, pipeline, "measure", lambda *args: measured.append(args) is not None)
+        quantize(recipe)
+    assert len(measured) == 1 and check(tmp_path / "out") == []
 
 
 def test_killed_before_the_marker(llama: Path, text: Path, straight: Path, tmp_path: Path) -> None:

@@ -177,6 +177,8 @@ def export(
     from makeweight.export.solved import Solved
 
     wanted = options.words(formats)
+    if push_to_hub is not None and not push_to_hub.strip():
+        raise UserError("--push-to-hub names no repository: write it like USER/NAME.")
     if not wanted:
         if out is not None or push_to_hub is not None:
             raise UserError("--out and --push-to-hub need to know what to write: name it with --format.")
@@ -237,7 +239,9 @@ def evaluate(
     }
     with progress.bar("evaluating") as tick:
         results, originals = (
-            compare(path, against, Texts(**wanted), tick) if against else (measure(path, **wanted, progress=tick), ())
+            compare(path, against, Texts(**wanted), tick)
+            if against is not None
+            else (measure(path, **wanted, progress=tick), ())
         )
     _print_table(*evaluated(results, originals))
 

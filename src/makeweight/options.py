@@ -101,7 +101,12 @@ def evaluation(base: Eval, texts: tuple[str, ...] | None, windows: int | None, s
 
 def words(given: list[str] | None) -> tuple[str, ...] | None:
     """Read names, given one by one or joined by commas."""
-    return tuple(word.strip() for item in given for word in item.split(",") if word.strip()) if given else None
+    if not given:
+        return None
+    found = tuple(word.strip() for item in given for word in item.split(",") if word.strip())
+    if not found:
+        raise UserError(f"--format {','.join(given)!r} names nothing: give names such as gptq,gguf, or leave it out.")
+    return found
 
 
 def rates(base: Recipe, given: list[str] | None, option: list[str] | None) -> dict[str, float] | None:

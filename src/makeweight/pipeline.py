@@ -86,7 +86,10 @@ class Run:
             folder.note_solver(_process(job.device))
             files = [file for file in job.ckpt.side_files() if file.name not in OWN]
             folder.finish(job.config(), files, job.ckpt.path, {"recipe.json": job.recipe.to_json()})
-        record = self.known()
+        begun = folder.vouched
+        if not begun:
+            folder.seal()  # of weights as they were just written: what happens to them later is found
+        record = self.known() if begun else None
         if record is None:
             folder.unseal()
             record = self.record()

@@ -40,7 +40,7 @@ class Calib:
     piece: int = 256
 
     def __post_init__(self) -> None:
-        _text("calib.dataset", self.dataset)
+        object.__setattr__(self, "dataset", _text("calib.dataset", self.dataset))
         _whole("calib.nsamples", self.nsamples, least=1)
         _whole("calib.seqlen", self.seqlen, least=2)
         _whole("calib.written", self.written, least=0)
@@ -97,8 +97,7 @@ class Eval:
     def __post_init__(self) -> None:
         if not isinstance(self.datasets, tuple | list):
             raise UserError(f"eval.datasets={self.datasets!r} is not a list: give the names in brackets.")
-        for name in self.datasets:
-            _text("eval.datasets", name)
+        object.__setattr__(self, "datasets", tuple(_text("eval.datasets", name) for name in self.datasets))
         _whole("eval.seqlen", self.seqlen, least=2)
         if isinstance(self.windows, tuple | list):
             object.__setattr__(self, "windows", tuple(self.windows))
@@ -108,7 +107,6 @@ class Eval:
             if count is not None:
                 _whole("eval.windows", count, least=1)
         _flag("eval.baseline", self.baseline)
-        object.__setattr__(self, "datasets", tuple(self.datasets))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,11 +131,8 @@ class Recipe:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("model", "out"):
-            if isinstance(path := getattr(self, name), PathLike):
-                object.__setattr__(self, name, str(path))
         for name in ("model", "method", "out"):
-            _text(name, getattr(self, name))
+            object.__setattr__(self, name, _text(name, getattr(self, name)))
         for name, kind in (("scheme", Scheme), ("calib", Calib), ("tune", Tune), ("eval", Eval)):
             if not isinstance(getattr(self, name), kind):
                 raise UserError(
@@ -280,9 +275,11 @@ def _flag(name: str, value: object) -> None:
         raise UserError(f"{name}={value!r} is neither true nor false.")
 
 
-def _text(name: str, value: object) -> None:
+def _text(name: str, value: object) -> str:
+    value = str(value) if isinstance(value, PathLike) else value
     if not isinstance(value, str) or not value.strip():
         raise UserError(f"{name}={value!r} is empty or not text: name one.")
+    return value
 
 
 def _one_of(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from makeweight.export import compressed_tensors
-from makeweight.export.folder import Folder
+from makeweight.export.folder import Folder, damaged
 from makeweight.export.manifest import tensor_hash
 from makeweight.methods.base import Params
 from makeweight.models import packed
@@ -71,7 +71,7 @@ class Store:
 
     def weights(self, index: int) -> dict[str, Tensor]:
         """Return what a shard's block is run with, by name of a linear or of a parameter, in the forward's dtype."""
-        codes, rest = self.solved(index)
+        codes, rest = self._undamaged(index)
         weights = {name: tensor.dequantize(self.dtype) for name, tensor in codes.items()}
         # By way of the checkpoint's dtype, as a block is loaded: rounding once is not the same as rounding twice.
         return {**weights, **{name: tensor.to(self.ckpt.dtype).to(self.dtype) for name, tensor in rest.items()}}
@@ -90,10 +90,20 @@ class Store:
 
     def mapped(self, index: int) -> tuple[dict[str, QTensor], Params]:
         """Return what `solved` does, its codes mapped from a scratch file: their memory can be taken back."""
-        codes, rest = self.solved(index)
+        codes, rest = self._undamaged(index)
         self.folder.set_aside(name := f"codes-{index}.scratch", {key: held.codes_OI for key, held in codes.items()})
         lying = self.folder.scratch(name) or {}
         return {key: replace(held, codes_OI=lying[key]) for key, held in codes.items()}, rest
+
+    def _undamaged(self, index: int) -> tuple[dict[str, QTensor], Params]:
+        """Return what `solved` does; raises UserError where it is not what was written."""
+        codes, rest = self.solved(index)
+        found = {name: tensor.digest() for name, tensor in codes.items()}
+        found |= {name: tensor_hash(tensor) for name, tensor in rest.items()}
+        noted = (self.folder.report(index + 1) or {}).get("digest", {})
+        if any(found.get(name) != digest for name, digest in noted.items()):
+            raise damaged(self.folder.shard(index + 1))
+        return codes, rest
 
     def _parts(self, index: int, tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, dict[str, Tensor]]]:
         """Return every linear of a block with its name in the file and the parts that are stored of it."""

@@ -75,6 +75,13 @@ def test_parquet_reads_the_text_column(tmp_path: Path) -> None:
     parquet.write_table(pa.table({"body": ["a"]}), tmp_path / "b.parquet")
     with pytest.raises(UserError, match="columns 'body'"):
         read_text(str(tmp_path / "b.parquet"))
+    parquet.write_table(pa.table({"text": [["a"], ["b"]]}), tmp_path / "c.parquet")
+    with pytest.raises(UserError, match=r"c\.parquet holds list in its column 'text': give one that holds strings\."):
+        read_text(str(tmp_path / "c.parquet"))
+    twice = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], ["text", "text"])
+    parquet.write_table(twice, tmp_path / "d.parquet")
+    with pytest.raises(UserError, match=r"d\.parquet cannot be read"):
+        read_text(str(tmp_path / "d.parquet"))
 
 
 @pytest.mark.parametrize(
@@ -86,6 +93,8 @@ def test_parquet_reads_the_text_column(tmp_path: Path) -> None:
         ("keys.jsonl", b'{"text": "a"}\n{"body": "b", "id": 1}', "line 2 holds the keys 'body', 'id'"),
         ("list.jsonl", b"[1]", "line 1 holds a list"),
         ("broken.jsonl", b'{"text": ', "line 1 is not JSON"),
+        ("deep.jsonl", b"[" * 100_000, "line 1 is not JSON"),
+        ("long.jsonl", b'{"text": ' + b"1" * 5000 + b"}", "line 1 is not JSON"),
         ("broken.parquet", b"PAR1 but no more", "cannot be read"),
         ("a.csv", b"text", "give a file ending in"),
     ],

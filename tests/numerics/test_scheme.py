@@ -65,6 +65,8 @@ def test_refusals(text: str, says: str) -> None:
 def test_unknown_scale_dtype() -> None:
     with pytest.raises(UserError, match="choose auto, bfloat16, float16 or float32"):
         Scheme(scale_dtype="fp8")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(UserError, match="symmetric=1 is neither true nor false"):
+        Scheme(symmetric=1)  # pyright: ignore[reportArgumentType]
 
 
 def test_group_of() -> None:

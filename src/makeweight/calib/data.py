@@ -197,8 +197,9 @@ def _read_file(path: Path) -> list[str]:
 def _row_text(line: str, where: str) -> str:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where} is not JSON ({error.msg}): write one JSON object per line.") from error
+    except (ValueError, RecursionError) as error:
+        said = getattr(error, "msg", None) or first_line(error)
+        raise UserError(f"{where} is not JSON ({said}): write one JSON object per line.") from error
     if isinstance(row, dict):
         text, messages = row.get("text"), row.get("messages")
         if isinstance(messages, list) and not isinstance(text, str):
@@ -227,8 +228,10 @@ def _read_parquet(path: Path) -> list[str]:
         with parquet.ParquetFile(path) as file:
             columns: list[str] = file.schema_arrow.names
             rows: list[Any] = file.read(columns=["text"])["text"].to_pylist() if "text" in columns else []
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, KeyError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read ({first_line(error)}): give an intact parquet file.") from error
     if "text" not in columns:
         raise UserError(f"{path} holds the columns {', '.join(map(repr, columns))}: name the one with text 'text'.")
-    return [row for row in rows if isinstance(row, str)]
+    if others := {type(row).__name__ for row in rows} - {"str", "NoneType"}:
+        raise UserError(f"{path} holds {min(others)} in its column 'text': give one that holds strings.")
+    return [row for row in rows if row is not None]

@@ -74,6 +74,7 @@ class Texts:
     def __post_init__(self) -> None:
         if isinstance(self.datasets, str):
             raise UserError(f"datasets={self.datasets!r} is one text where a list of them belongs: put it in brackets.")
+        object.__setattr__(self, "datasets", tuple(map(str, self.datasets)))
 
     def open(self, model: str) -> Opened:
         """Open a model and cut the texts into windows of its tokens; nothing is computed yet."""

@@ -142,10 +142,8 @@ class Folder:
         return self._reports().get(str(index)) if self.shard(index).is_file() else None
 
     def read(self, index: int) -> dict[str, Tensor]:
-        """Return the tensors of a finished shard."""
-        from safetensors.torch import load_file
-
-        return load_file(self.shard(index))
+        """Return the tensors of a finished shard; raises UserError where it is damaged."""
+        return _load(self.shard(index))
 
     def finish(
         self, config: Mapping[str, Any], side_files: Sequence[Path], root: Path, texts: Mapping[str, str]
@@ -174,9 +172,7 @@ class Folder:
 
     def scratch(self, name: str) -> dict[str, Tensor] | None:
         """Return tensors that were set aside, or None."""
-        from safetensors.torch import load_file
-
-        return load_file(self.path / name) if (self.path / name).is_file() else None
+        return _load(self.path / name) if (self.path / name).is_file() else None
 
     def set_aside(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Keep tensors under a name until tuning is finished; the file appears whole or not at all."""
@@ -210,6 +206,11 @@ class Folder:
         old.unlink(missing_ok=True)
 
     @property
+    def vouched(self) -> bool:
+        """Whether a manifest of the weights is there, in its place or put aside."""
+        return self.sealed or (self.path / UNSEALED).is_file()
+
+    @property
     def sealed(self) -> bool:
         """Whether a manifest is there."""
         return (self.path / manifest.NAME).is_file()
@@ -237,6 +238,21 @@ def save_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: dict[str, 
         save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, file, metadata)
     except SafetensorError as error:
         raise OSError(errno.EIO, first_line(error), str(file)) from error
+
+
+def damaged(file: Path) -> UserError:
+    """Return what to say of a file of an unfinished run that is not what was written."""
+    return UserError(f"{file} is not what was written: delete this one file, and the same command makes it again.")
+
+
+def _load(file: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(file)
+    except SafetensorError:
+        raise damaged(file) from None
 
 
 def copy_files(files: Iterable[Path], root: Path, folder: Path) -> None:

@@ -111,7 +111,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """Read a JSON object, or refuse the file in a sentence."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"{file} cannot be read as JSON ({error}): download it again.") from error
     if not isinstance(value, dict):
         raise UserError(f"{file} does not hold a JSON object: download it again.")

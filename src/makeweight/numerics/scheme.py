@@ -38,6 +38,8 @@ class Scheme:
         for name in ("bits", "group_size"):
             if type(value := getattr(self, name)) is not int:
                 raise UserError(f"{name}={value!r} is not a whole number.")
+        if type(self.symmetric) is not bool:
+            raise UserError(f"symmetric={self.symmetric!r} is neither true nor false.")
         if not MIN_BITS <= self.bits <= MAX_BITS:
             raise UserError(f"bits={self.bits} is not supported: choose {MIN_BITS} to {MAX_BITS}.")
         if self.group_size != -1 and self.group_size < 1:

@@ -222,7 +222,8 @@ class Finetune:
         if self.at.halvings > MAX_HALVINGS:
             raise UserError(
                 f"the loss of the whole network is not finite at step {self.at.step} even at "
-                f"{2 * self.at.rate:.3g} times the learning rates; start again with lower ones (--lr e2e=VALUE)."
+                f"{2 * self.at.rate:.3g} times the learning rates; start again with lower ones (--lr e2e=VALUE) "
+                "and another --out."
             )
         self._take(self.best)
         self.descent = Descent(self.learnables(), self.step.steps)

@@ -168,7 +168,8 @@ class Fit:
             rates = " ".join(f"{g.name}={g.rate * rate * 2:.3g}" for g in self.chain.learnables())
             raise UserError(
                 f"block {self.judge.blocks[0].index}: the loss is not finite at step {step} even at learning rates "
-                f"{rates}; start again with lower ones (--set) or without the method that learns fastest."
+                f"{rates}; start again with lower ones (--set) or without the method that learns fastest, "
+                "and another --out."
             )
 
 
