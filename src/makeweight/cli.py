@@ -137,7 +137,7 @@ def quantize(
     grid = options.grid(saved.scheme if saved else Scheme(), scheme, bits, group_size, sym, scale_dtype)
     base = options.by_method(options.at_effort(saved or options.start(model, out, grid), effort, method), method)
     rates, texts = options.rates(base, lr, option), options.evaluated(eval_dataset, no_eval=no_eval)
-    wanted = options.whole(
+    wanted = options.changed(
         base,
         model=model,
         scheme=grid,
@@ -151,14 +151,18 @@ def quantize(
         formats=options.words(formats),
         trust_remote_code=trust_remote_code,
     )
-    from makeweight.pipeline import preflight
-    from makeweight.pipeline import quantize as run
+    _run(wanted, dry=dry_run)
+
+
+def _run(wanted: Recipe, *, dry: bool) -> None:
+    from makeweight.pipeline import preflight, quantize
     from makeweight.report.tables import show
 
-    if dry_run:
+    if dry:
         print(preflight(wanted))
     else:
-        show(run(wanted))
+        show(quantize(wanted))
+    options.name_unused(wanted)  # last: what is refused gets one sentence
 
 
 @app.command()

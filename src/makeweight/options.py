@@ -51,14 +51,12 @@ def changed(base: T, **changes: Any) -> T:
     return replace(base, **{name: value for name, value in changes.items() if value is not None})  # pyright: ignore[reportReturnType, reportArgumentType]
 
 
-def whole(base: Recipe, **changes: Any) -> Recipe:
-    """Replace what was given on the command line, and print which options change nothing in what then runs."""
+def name_unused(recipe: Recipe) -> None:
+    """Print which options change nothing in what a recipe runs."""
     from makeweight.plan import unused
 
-    recipe = changed(base, **changes)
     if found := unused(recipe):
         print(f"Not used by this run of {recipe.method}: {', '.join(found)}.", file=sys.stderr)
-    return recipe
 
 
 def grid(
