@@ -19,7 +19,6 @@ from makeweight.sweep import finetune
 if TYPE_CHECKING:
     from makeweight.models.checkpoint import Checkpoint
 
-
 BASE_BYTES = 700e6
 """Python, torch and transformers."""
 
