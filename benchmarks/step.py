@@ -3,7 +3,7 @@
     python -m benchmarks.step [--big] [--threads 2]
 
 Prints, for a SmolLM2-sized block (and with --big for a 7B-sized one), what a step of each method takes, which share
-of the machine's bf16 rate that is, and what SDE adds against its share of the operations. Also times two parts of a
+of the machine's rate that is, and what SDE adds against its share of the operations. Also times two parts of a
 step alone: fake quantization with clipping (plain autograd operations, compiled, in closed form) and causal attention
 (torch's, ours).
 """
@@ -32,6 +32,7 @@ from makeweight.numerics.flips import Curvature
 from makeweight.numerics.flops import matmul_rate, step_flops
 from makeweight.numerics.grid import clipped_grid, from_codes, grouped, qparams
 from makeweight.numerics.memory import keep_freed_memory
+from makeweight.numerics.precision import named_dtype
 from makeweight.numerics.scheme import Scheme
 from makeweight.plan import compose
 from makeweight.sweep.block import Block
@@ -64,9 +65,10 @@ def layers(title: str, count: int, device: torch.device) -> list[Block]:
     )
     model = LlamaModel(config).requires_grad_(False)
     speed_up(model)
-    place(model, device, torch.bfloat16)
+    dtype = named_dtype("auto", device)
+    place(model, device, dtype)
     positions_1T = torch.arange(SEQLEN, device=device).unsqueeze(0)
-    probe = torch.zeros(1, SEQLEN, hidden, dtype=torch.bfloat16, device=device)
+    probe = torch.zeros(1, SEQLEN, hidden, dtype=dtype, device=device)
     kwargs = {
         "position_embeddings": model.rotary_emb(probe, positions_1T),
         "attention_mask": None,
@@ -104,10 +106,10 @@ def middle(times: Mapping[str, list[float]]) -> dict[str, float]:
 
 def measure_block(title: str, batch: int, device: torch.device, budget: float) -> list[dict[str, float | str]]:
     """Time one step of every method on one block."""
-    blocks, hidden = layers(title, 3, device), SIZES[title][0]
+    blocks, hidden, dtype = layers(title, 3, device), SIZES[title][0], named_dtype("auto", device)
     shapes = [(weight.shape[0], weight.shape[1]) for weight in blocks[0].state().values()]
-    hidden_BTD = torch.randn(batch, SEQLEN, hidden, device=device).to(torch.bfloat16)
-    context = Context(scheme=SCHEME, scale_dtype=torch.bfloat16, dtype=torch.bfloat16, steps=1)
+    hidden_BTD = torch.randn(batch, SEQLEN, hidden, device=device).to(dtype)
+    context = Context(scheme=SCHEME, scale_dtype=torch.bfloat16, dtype=dtype, steps=1)
     plans = {method: compose(method) for method in METHODS}
     ahead = {method: len(plan.loss.weights()) - 1 for method, plan in plans.items()}
 
@@ -127,10 +129,10 @@ def measure_block(title: str, batch: int, device: torch.device, budget: float) -
 
         return step
 
-    rates = [matmul_rate(device, rows=batch * SEQLEN, size=hidden)]
+    rates = [matmul_rate(device, rows=batch * SEQLEN, size=hidden, dtype=dtype)]
     times = alternate({method: stepper(method) for method in METHODS}, device, budget=budget)
     took = middle(times)
-    rates.append(matmul_rate(device, rows=batch * SEQLEN, size=hidden))
+    rates.append(matmul_rate(device, rows=batch * SEQLEN, size=hidden, dtype=dtype))
     rows: list[dict[str, float | str]] = []
     for method, plan in plans.items():
         work, rate = step_flops(shapes, hidden, batch, SEQLEN, ahead=ahead[method], band=plan.band), max(rates)
@@ -203,8 +205,9 @@ def measure_attention(batch: int, device: torch.device, budget: float) -> dict[s
     hidden, _, heads, kv_heads = SIZES["SmolLM2-135M block"]
     width = hidden // heads
     shapes = [(batch, count, SEQLEN, width) for count in (heads, kv_heads, kv_heads)]
-    parts = [torch.randn(shape, device=device).to(torch.bfloat16).requires_grad_() for shape in shapes]
-    grad = torch.randn(shapes[0], device=device).to(torch.bfloat16)
+    dtype = named_dtype("auto", device)
+    parts = [torch.randn(shape, device=device).to(dtype).requires_grad_() for shape in shapes]
+    grad = torch.randn(shapes[0], device=device).to(dtype)
     ways = {"torch": torch_attention, "ours": partial(causal_attention, scale=width**-0.5)}
 
     def run(way: Callable[..., Tensor]) -> None:
@@ -227,10 +230,12 @@ def main() -> None:
     device = torch.device(args.device)
     found: dict[str, object] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     machine = {"device": device.type, "threads": args.threads, "torch": torch.__version__}
+    machine["dtype"] = str(named_dtype("auto", device))
     for title in SIZES if args.big else list(SIZES)[:1]:
         rows = measure_block(title, args.batch, device, args.seconds)
         found[title] = [{**row, **machine} for row in rows]
-        print(f"{title}, {args.batch} x {SEQLEN} tokens, {rows[0]['rate_gflops']:.0f} GFLOP/s in bf16 products")
+        rate = f"{rows[0]['rate_gflops']:.0f} GFLOP/s in {machine['dtype']}"
+        print(f"{title}, {args.batch} x {SEQLEN} tokens, {rate}")
         for row in rows:
             print(f"  {row['method']:<12} {row['seconds']:8.3f} s  {row['share_of_rate']:6.1%} of that rate")
         print(f"  lwc+sde costs {sde_overhead(rows):.2f} times its share of the operations more than lwc")

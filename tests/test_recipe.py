@@ -152,7 +152,7 @@ def test_refusals(changes: dict[str, Any], says: str) -> None:
         (Tune, {"steps": -1}, "tune.steps"),
         (Tune, {"batch_size": 0}, "tune.batch_size"),
         (Tune, {"checks": 0}, "tune.checks"),
-        (Tune, {"dtype": "float16"}, "choose bfloat16 or float32"),
+        (Tune, {"dtype": "float16"}, "choose auto, bfloat16 or float32"),
         (Tune, {"device": "tpu"}, "choose auto, cpu or cuda"),
         (Tune, {"rates": {"sde": -1.0}}, "not negative"),
         (Eval, {"windows": 0}, "eval.windows"),

@@ -2,12 +2,13 @@
 
     python -m benchmarks.peers [--settings W4A16,W3A16g64] [--runs NAME,...] [--threads N] [--retry]
     python -m benchmarks.peers --smoke
+    python -m benchmarks.peers --speed ROUNDS [--blocks 4]
     python -m benchmarks.peers --table
 
 Every run is a process of its own, one at a time, ours and theirs in turn. Results go to benchmarks/results/peers.json
 cell by cell, and a cell that is there is not run again; a run of ours that was stopped goes on. --smoke proves in
-minutes that every program runs here: one setting, few samples, two steps, results thrown away. --table prints what is
-there.
+minutes that every program runs here: one setting, few samples, two steps, results thrown away. --speed compares time
+and memory at equal steps and tokens on the first blocks of the model. --table prints what is there.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.common import RESULTS, WORK, Cells
 from benchmarks.peers.child import BrokenRunError
 from benchmarks.peers.race import Terms, Track, race
 from benchmarks.peers.runs import SETTINGS, SMOKE_SETTINGS, entries
+from benchmarks.peers.speed import speed, summary
 from benchmarks.peers.table import markdown
 from makeweight.errors import UserError
 
@@ -35,6 +38,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.table:
             print(markdown(Cells(FILE).cells))
+            return 0
+        if args.speed:
+            terms = replace(Terms.full(args.threads), blocks=args.blocks)
+            results = Cells(RESULTS / "speed.json")
+            speed(results, Track(terms, WORK / "speed"), args.speed)
+            print(summary(results.cells, args.blocks))
             return 0
         settings = split(args.settings) or (SMOKE_SETTINGS if args.smoke else SETTINGS)
         chosen = entries(settings, split(args.runs))
@@ -66,10 +75,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of every run and of the evaluation")
     parser.add_argument("--retry", action="store_true", help="run again what failed or had other options")
     parser.add_argument("--smoke", action="store_true", help="only prove that every program runs")
+    parser.add_argument("--speed", type=int, default=0, metavar="ROUNDS", help="equal steps, so many times in turn")
+    parser.add_argument("--blocks", type=int, default=4, help="of the model of --speed, of its 30")
     parser.add_argument("--table", action="store_true", help="print the results as Markdown and run nothing")
     args = parser.parse_args(argv)
     if args.threads < 1:
         parser.error("give at least one thread")
+    if args.speed < 0 or not 1 <= args.blocks <= 30:
+        parser.error("give --speed a number of rounds, and --blocks one from 1 to 30")
     return args
 
 

@@ -25,6 +25,7 @@ from makeweight.export.folder import copy_files
 from makeweight.models.checkpoint import Checkpoint
 from makeweight.models.load import open_checkpoint
 from makeweight.numerics.flops import matmul_rate
+from makeweight.numerics.precision import named_dtype
 
 
 def most_values(weight_OI: Tensor, group_size: int) -> int:
@@ -73,7 +74,9 @@ def judge(request: dict[str, Any]) -> dict[str, Any]:
     else:
         found = texts.results(*texts.read(texts.open(str(folder))))
     count = len(request["texts"])
-    rate = matmul_rate(rows=4096, size=576)  # of the machine, as in benchmarks/step.py
+    rate = matmul_rate(
+        rows=4096, size=576, dtype=named_dtype("auto", "cpu")
+    )  # of the machine, as in benchmarks/step.py
     return {**answer, **_scores(found[:count]), "later": _scores(found[count:]), "rate_gflops": round(rate / 1e9)}
 
 

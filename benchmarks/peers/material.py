@@ -16,6 +16,7 @@ from typing import Any
 from safetensors.torch import save_file
 
 from makeweight.calib.data import calibration_tokens
+from makeweight.export.folder import copy_files
 from makeweight.models.gguf import demo_model, to_folder
 from makeweight.models.load import open_checkpoint
 
@@ -23,9 +24,11 @@ from makeweight.models.load import open_checkpoint
 def prepare(request: dict[str, Any]) -> dict[str, str]:
     """Write the token ids, int64 [N, T] under "tokens", drawn as `quantize` draws them from the same text.
 
-    Returns the model's folder and a digest of the ids.
+    Returns the model's folder, of its first "blocks" where so many are asked for, and a digest of the ids.
     """
     folder = to_folder(demo_model())
+    if (blocks := request.get("blocks")) is not None:
+        folder = first_blocks(folder, blocks, Path(request["tokens"]).parent / f"first-{blocks}")
     tokens_NT = calibration_tokens(
         open_checkpoint(folder).tokenizer(),
         request["text"],
@@ -35,6 +38,21 @@ def prepare(request: dict[str, Any]) -> dict[str, str]:
     )
     save_file({"tokens": tokens_NT}, request["tokens"])
     return {"model": str(folder), "digest": hashlib.sha256(tokens_NT.numpy().tobytes()).hexdigest()[:16]}
+
+
+def first_blocks(folder: Path, count: int, out: Path) -> Path:
+    """Write a model that has the first `count` blocks of another and all that is outside of them; return `out`."""
+    ckpt = open_checkpoint(folder)
+    out.mkdir(parents=True, exist_ok=True)
+    tensors = dict(ckpt.rest())
+    for index in range(count):
+        names, state = ckpt.block_names(index), ckpt.block_state(index, ckpt.dtype)
+        tensors |= {names[name]: tensor for name, tensor in state.items()}
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    config = json.loads((ckpt.path / "config.json").read_text(encoding="utf-8"))
+    (out / "config.json").write_text(json.dumps({**config, "num_hidden_layers": count}), encoding="utf-8")
+    copy_files(ckpt.side_files(), ckpt.path, out)
+    return out
 
 
 if __name__ == "__main__":

@@ -34,6 +34,8 @@ class Terms:
     nsamples: int = 128
     seqlen: int = 512
     seed: int = 0
+    blocks: int | None = None
+    """How many of the model's blocks there are; None is all."""
     short: bool = False
 
     @classmethod
@@ -74,30 +76,25 @@ class Track:
             "seqlen": terms.seqlen,
             "seed": terms.seed,
         }
+        asked = self.shared if terms.blocks is None else {**self.shared, "blocks": terms.blocks}
         self.later = tuple(str(second_half(Path(text), work / "later")) for text in terms.texts)
-        self.material = self._ask("material", work, self.shared)
+        self.material = self._ask("material", work, asked)
 
     def cell(self, entry: Entry) -> dict[str, Any]:
         """Run and judge one entry; raises BrokenRunError where either fails, and leaves its log."""
         if entry.run is None:
             return self._judged(self.work, {"folder": self.material["model"]})
-        out = self._folder(entry)
-        options = entry.run.shortened() if self.terms.short else dict(entry.run.options)
-        scheme = Scheme.parse(entry.setting)
-        grid = {"bits": scheme.bits, "group_size": scheme.group_size}
-        job = {**self.shared, **grid, "model": self.material["model"], "out": str(out), "options": options}
+        out, job = self._folder(entry), self._job(entry, entry.run)
         load, again = os.getloadavg()[0], entry.run.program == "makeweight" and is_left(out, job)
-        if not again:
-            shutil.rmtree(out, ignore_errors=True)
-            out.mkdir(parents=True)
-        usage, answer = self._solve(entry.run, out, job)
+        usage, answer = self._solve(entry.run, out, job, anew=not again)
+        grid = {name: job[name] for name in ("bits", "group_size")}
         about = {"original": self.material["model"], "run": entry.name.partition("/")[2], **grid}
         judged = self._judged(out, {"folder": str(out / "dense"), **about})
         return {
             "setting": entry.setting,
             "program": entry.run.program,
             "version": answer["versions"][PROGRAMS[entry.run.program].package],
-            "options": options,
+            "options": job["options"],
             "calibration": f"{self.terms.nsamples} x {self.terms.seqlen} tokens, {self.material['digest']}",
             "seed": self.terms.seed,
             "load_before": round(load, 1),
@@ -107,6 +104,13 @@ class Track:
             **judged,
         }
 
+    def usage(self, entry: Entry) -> Usage:
+        """Run one entry from its start, and say what that took; nothing is judged or kept."""
+        assert entry.run is not None
+        found, _ = self._solve(entry.run, self._folder(entry), self._job(entry, entry.run), anew=True)
+        self.clear(entry)
+        return found
+
     def clear(self, entry: Entry) -> None:
         """Delete what the run of an entry wrote."""
         shutil.rmtree(self._folder(entry), ignore_errors=True)
@@ -114,7 +118,22 @@ class Track:
     def _folder(self, entry: Entry) -> Path:
         return self.work / entry.name.replace("/", "-")
 
-    def _solve(self, chosen: Run, out: Path, job: dict[str, Any]) -> tuple[Usage, dict[str, Any]]:
+    def _job(self, entry: Entry, chosen: Run) -> dict[str, Any]:
+        """Return what a run is told."""
+        scheme = Scheme.parse(entry.setting)
+        return {
+            **self.shared,
+            "bits": scheme.bits,
+            "group_size": scheme.group_size,
+            "model": self.material["model"],
+            "out": str(self._folder(entry)),
+            "options": chosen.shortened() if self.terms.short else dict(chosen.options),
+        }
+
+    def _solve(self, chosen: Run, out: Path, job: dict[str, Any], *, anew: bool) -> tuple[Usage, dict[str, Any]]:
+        if anew:
+            shutil.rmtree(out, ignore_errors=True)
+            out.mkdir(parents=True)
         program = PROGRAMS[chosen.program]
         try:
             python = program.python()

@@ -24,6 +24,7 @@ from makeweight.models.checkpoint import Checkpoint
 from makeweight.models.load import open_checkpoint
 from makeweight.numerics.grid import scale_dtype_of
 from makeweight.numerics.memory import machine_memory
+from makeweight.numerics.precision import named_dtype
 from makeweight.paths import expanded
 from makeweight.plan import Plan, check, compose, in_pieces
 from makeweight.recipe import Recipe
@@ -148,6 +149,11 @@ class Job:
         """The dtype of scales."""
         return scale_dtype_of(self.recipe.scheme, self.ckpt.dtype)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of forward passes while the model is learned on."""
+        return named_dtype(self.recipe.tune.dtype, self.device)
+
     def solver(self) -> Solver:
         """Return what solves one block."""
         recipe, tune = self.recipe, self.cut.tune
@@ -161,7 +167,7 @@ class Job:
             context=Context(
                 scheme=recipe.scheme,
                 steps=tune.steps,
-                dtype=getattr(torch, tune.dtype),
+                dtype=self.dtype,
                 spec=self.ckpt.spec,
                 config=self.ckpt.config,
                 scale_dtype=self.scale_dtype,
@@ -170,9 +176,8 @@ class Job:
 
     def store(self, folder: Folder) -> Store:
         """Return the blocks that a folder holds of this run."""
-        dtype = getattr(torch, self.recipe.tune.dtype)
         scheme, scale_dtype = self.recipe.scheme, self.scale_dtype
-        return Store(ckpt=self.ckpt, folder=folder, scheme=scheme, dtype=dtype, scale_dtype=scale_dtype)
+        return Store(ckpt=self.ckpt, folder=folder, scheme=scheme, dtype=self.dtype, scale_dtype=scale_dtype)
 
     def config(self) -> dict[str, Any]:
         """Return config.json: the model's own, with the quantization described."""

@@ -61,13 +61,14 @@ class Calib:
 class Tune:
     """The optimiser: `steps` per block of `batch_size` samples, with `checks` comparisons against the best state.
 
+    `dtype` is that of the forward pass; "auto" is bfloat16, and float32 where a device has no units for it.
     `rates` overrides the learning rates of methods by name, as in {"sde": 3e-3}.
     """
 
     steps: int = 240
     batch_size: int = 2
     checks: int = 5
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     rates: Mapping[str, float] = field(default_factory=dict)
 
@@ -75,7 +76,7 @@ class Tune:
         _whole("tune.steps", self.steps, least=0)
         _whole("tune.batch_size", self.batch_size, least=1)
         _whole("tune.checks", self.checks, least=1)
-        _one_of("tune.dtype", self.dtype, ("bfloat16", "float32"))
+        _one_of("tune.dtype", self.dtype, ("auto", "bfloat16", "float32"))
         _one_of("tune.device", self.device, ("auto", "cpu", "cuda"))
         rates = _mapping("tune.rates", self.rates)
         object.__setattr__(self, "rates", {name: _rate(f"tune.rates.{name}", rate) for name, rate in rates.items()})

@@ -75,10 +75,10 @@ def test_a_whole_model(family: str, tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def logits_in_float32(solved: Path, tokens_BT: Tensor) -> np.ndarray:
-    """Return what transformers computes in float32 with the values of a solved folder."""
+def exact_logits(solved: Path, tokens_BT: Tensor) -> np.ndarray:
+    """Return what transformers computes in float64 with the values of a solved folder; norms ask for float32."""
     config = AutoConfig.for_model(**Solved(solved).config)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval()
     for part in Solved(solved).parts():
         weights = {f"{name}.weight": tensor.dequantize(torch.float32) for name, tensor in part.quantized.items()}
         for name, tensor in {**part.kept, **weights}.items():
@@ -92,7 +92,7 @@ def test_every_width(scheme: str, tmp_path: Path) -> None:
     solved = solve("llama-tied", tmp_path, scheme)
     (done,) = export_model(solved, ["onnx"], out=tmp_path)
     tokens_BT = torch.randint(0, VOCABULARY, (2, 40), generator=torch.Generator().manual_seed(1))
-    expected = logits_in_float32(solved, tokens_BT)
+    expected = exact_logits(solved, tokens_BT)
     logits, _ = step(session(done.path / MODEL), tokens_BT.numpy())
     assert np.abs(logits - expected).max() < 2e-5 * np.abs(expected).max()
 
@@ -123,7 +123,7 @@ def test_other_rotary_positions(rope: dict[str, Any], tmp_path: Path) -> None:
     (solved / "config.json").write_text(json.dumps({**config, "rope_parameters": {"rope_theta": 10000.0, **rope}}))
     (done,) = export_model(solved, ["onnx"], out=tmp_path)
     tokens_BT = torch.randint(0, VOCABULARY, (1, 200), generator=torch.Generator().manual_seed(2))
-    expected = logits_in_float32(solved, tokens_BT)
+    expected = exact_logits(solved, tokens_BT)
     logits, _ = step(session(done.path / MODEL), tokens_BT.numpy())
     assert np.abs(logits - expected).max() < 2e-5 * np.abs(expected).max()
 
@@ -134,7 +134,7 @@ def test_blocks_that_were_not_quantized(tmp_path: Path) -> None:
     (done,) = export_model(solved, ["onnx"], out=tmp_path)
     assert done.linears == 7
     tokens_BT = torch.randint(0, VOCABULARY, (2, 40), generator=torch.Generator().manual_seed(3))
-    expected = logits_in_float32(solved, tokens_BT)
+    expected = exact_logits(solved, tokens_BT)
     logits, _ = step(session(done.path / MODEL), tokens_BT.numpy())
     assert np.abs(logits - expected).max() < 2e-5 * np.abs(expected).max()
 

@@ -13,9 +13,11 @@ from makeweight.methods.block.scale import Let, Scale, energy, into_down, lost, 
 from makeweight.methods.grid.clip import Rtn
 from makeweight.methods.grid.search import InputClip
 from makeweight.methods.weight.sde import Sde
+from makeweight.models.activations import inputs_rounded
 from makeweight.models.registry import spec_for
 from makeweight.models.rescale import per_reader
 from makeweight.numerics.errors import token_error
+from makeweight.numerics.scheme import Scheme
 from makeweight.sweep.block import Block
 from makeweight.sweep.chain import Chain, Steps, join, split
 from makeweight.sweep.inputs import Moments
@@ -121,6 +123,20 @@ def test_inputs_with_a_few_large_channels_are_what_scales_are_for() -> None:
         norm.weight[:4] *= 30  # pyright: ignore[reportIndexIssue, reportOperatorIssue]
     plain, scaled = chain_of(case), chain_of(case, Scale())
     assert loss(case, scaled()) < 0.8 * loss(case, plain())
+
+
+def test_rounded_inputs_count_in_the_search() -> None:
+    """With weights of 8 bits as well, what a token's one large channel costs the others is the larger part."""
+    case = case_of("llama", samples=24, scheme="W8A8")
+    norm = case.blocks[0].module.get_submodule("input_layernorm")
+    with torch.no_grad():
+        norm.weight[:2] *= 60  # pyright: ignore[reportIndexIssue, reportOperatorIssue]
+    weights_alone = replace(case, context=replace(case.context, scheme=Scheme.parse("W8A16")))
+    counted, not_counted = (chain_of(seen, Scale())() for seen in (case, weights_alone))
+    exact = output(case)
+    with inputs_rounded(case.blocks[0].module, case.blocks[0].linears, 8):
+        ours, other = (float(token_error(output(case, params), exact)) for params in (counted, not_counted))
+    assert ours < 0.8 * other
 
 
 @pytest.mark.parametrize("scheme", ["W3A16g16", "W2A16", "W3A16g16_sym"])

@@ -24,6 +24,7 @@ from makeweight.errors import UserError
 from makeweight.models.attention import speed_up
 from makeweight.models.checkpoint import Checkpoint
 from makeweight.numerics.memory import release_freed_memory
+from makeweight.numerics.precision import fast_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,8 +33,6 @@ PIECE = 256
 """Tokens of a piece: long texts of small models repeat themselves, and every step reads all that came before."""
 PROMPT = 32
 """Tokens of a given sample that a piece goes on from."""
-DTYPE = torch.bfloat16
-"""Of the model while it writes: enough to draw from its predictions."""
 TOGETHER = 64
 """Pieces that are written at once: fewer take longer, and more only more memory (LOG.md)."""
 TOKENS_KEPT = 16
@@ -57,10 +56,10 @@ def written_tokens(
 
     `start` is the token that every sample begins with, where there is one.
     """
-    model = speed_up(ckpt.skeleton())
+    model, dtype = speed_up(ckpt.skeleton()), _dtype(device)
     for index in range(ckpt.n_blocks):
-        place(ckpt.load_block(model, index), device, DTYPE)
-    place(model, device, DTYPE)
+        place(ckpt.load_block(model, index), device, dtype)
+    place(model, device, dtype)
     _lay_out_inputs_of_head(model)
     generator = torch.Generator().manual_seed(seed)
     length = min(PIECE, given_NT.shape[1])
@@ -92,15 +91,19 @@ def _lay_out_inputs_of_head(model: PreTrainedModel) -> None:
         head.register_forward_pre_hook(lambda _, given: (given[0].contiguous(), *given[1:]))
 
 
-def writing_bytes(ckpt: Checkpoint, seqlen: int) -> float:
-    """Return bytes of all blocks, of keys and values of pieces written together (twice, as they grow), of logits."""
+def _dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype of the model while it writes: a narrow one is enough to draw from its predictions."""
+    return fast_dtype(torch.bfloat16, device)
+
+
+def writing_bytes(ckpt: Checkpoint, seqlen: int, device: torch.device) -> float:
+    """Return bytes of the model, of keys and values of pieces written together (twice, as they grow), of logits."""
     config = ckpt.config.get_text_config()
-    inside = f"{ckpt.spec.blocks}."
-    weights = sum(math.prod(shape) for name, shape in ckpt.parameters().items() if name.startswith(inside))
+    weights = sum(map(math.prod, ckpt.parameters().values()))
     heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", 1)
     wide = getattr(config, "head_dim", None) or config.hidden_size // getattr(config, "num_attention_heads", 1)
     cache = 2 * 2 * ckpt.n_blocks * TOGETHER * min(PIECE, seqlen) * heads * wide
-    return (weights + cache) * DTYPE.itemsize + 6 * 4 * TOGETHER * config.vocab_size
+    return (weights + cache) * _dtype(device).itemsize + 6 * 4 * TOGETHER * config.vocab_size
 
 
 def _words(ckpt: Checkpoint) -> Tensor:

@@ -12,6 +12,7 @@ from makeweight.calib.written import writing_bytes
 from makeweight.evals import perplexity, predictions
 from makeweight.methods.base import FinetuneStep
 from makeweight.numerics.attention import kept_bytes
+from makeweight.numerics.precision import fast_dtype, named_dtype
 from makeweight.plan import Plan
 from makeweight.recipe import Recipe
 from makeweight.sweep import finetune
@@ -29,21 +30,22 @@ def peak_bytes(
     ckpt: Checkpoint,
     shapes: dict[int, list[tuple[int, int]]],
     blocks: range,
+    device: torch.device,
     *,
     windows: int,
 ) -> float:
     """Return the most that a run holds at a time, with the evaluation of so many windows."""
     largest = max(shapes.values(), key=lambda found: sum(math.prod(shape) for shape in found))
-    outside = BASE_BYTES + _resident(ckpt)
+    outside, size = BASE_BYTES + _resident(ckpt), named_dtype(recipe.tune.dtype, device).itemsize
     parts = [outside + 10 * sum(map(math.prod, largest))]  # a block as it is read, in fp32, quantized, and its codes
     if plan.calibrates:
-        parts.append(outside + _learning(plan, recipe, ckpt, largest))
+        parts.append(outside + _learning(plan, recipe, ckpt, largest, size))
         if recipe.calib.written:
-            parts.append(outside + writing_bytes(ckpt, recipe.calib.seqlen))
+            parts.append(BASE_BYTES + writing_bytes(ckpt, recipe.calib.seqlen, device))
         if plan.finetune is not None:
-            parts.append(outside + _finetuning(plan.finetune, recipe, ckpt, shapes, blocks))
+            parts.append(outside + _finetuning(plan.finetune, recipe, ckpt, shapes, blocks, size))
     if windows:
-        parts.append(BASE_BYTES + _evaluating(recipe, ckpt, largest, windows))
+        parts.append(BASE_BYTES + _evaluating(recipe, ckpt, largest, windows, device))
     return max(parts)
 
 
@@ -54,12 +56,14 @@ def _resident(ckpt: Checkpoint) -> float:
     return sum(sizes) * ckpt.dtype.itemsize
 
 
-def _learning(plan: Plan, recipe: Recipe, ckpt: Checkpoint, shapes: Sequence[tuple[int, int]]) -> float:
-    """Return bytes of streams, the blocks in memory, a chain with its gradients, and one batch's activations."""
+def _learning(plan: Plan, recipe: Recipe, ckpt: Checkpoint, shapes: Sequence[tuple[int, int]], size: int) -> float:
+    """Return bytes of streams, the blocks in memory, a chain with its gradients, and one batch's activations.
+
+    `size` is bytes of a number of the forward pass.
+    """
     config, calib, tune = ckpt.config.get_text_config(), recipe.calib, recipe.tune
     weights = sum(math.prod(shape) for shape in shapes)
     ahead = len(plan.loss.weights()) - 1
-    size = _forward_bytes(recipe)
     streams = (3 + ahead + (plan.target is not None)) * calib.samples * calib.seqlen * config.hidden_size * size
     factors = sum((rows + columns) * min(rows, columns) for rows, columns in shapes) * size
     chain = weights * (4 * 6 + plan.weight_bytes) + (0 if plan.band is None else factors)
@@ -67,18 +71,23 @@ def _learning(plan: Plan, recipe: Recipe, ckpt: Checkpoint, shapes: Sequence[tup
     products = 4 * sum(columns**2 for _, columns in shapes) if reads else 0
     if plan.rounding is not None:
         products = max(products, 4 * 4 * max(columns for _, columns in shapes) ** 2)
-    activations = (1 + ahead) * _activations(ckpt, recipe, tune.batch_size)
+    activations = (1 + ahead) * _activations(ckpt, recipe, tune.batch_size, size)
     return streams + (1 + ahead) * weights * size + chain + products + activations
 
 
 def _finetuning(
-    step: FinetuneStep, recipe: Recipe, ckpt: Checkpoint, shapes: dict[int, list[tuple[int, int]]], blocks: range
+    step: FinetuneStep,
+    recipe: Recipe,
+    ckpt: Checkpoint,
+    shapes: dict[int, list[tuple[int, int]]],
+    blocks: range,
+    size: int,
 ) -> float:
     """Return bytes of all codes, their scales as they are learned, two streams, and what the backward pass keeps.
 
     Codes lie in a file that is mapped: where memory is short they need not stay in it.
     """
-    config, calib, size = ckpt.config.get_text_config(), recipe.calib, _forward_bytes(recipe)
+    config, calib = ckpt.config.get_text_config(), recipe.calib
     memory = 0.0
     for index, found in shapes.items():
         weights = sum(math.prod(shape) for shape in found)
@@ -87,37 +96,34 @@ def _finetuning(
     memory += 2 * calib.samples * calib.seqlen * config.hidden_size * size
     states = step.batch_size * calib.seqlen * config.hidden_size * size
     if step.recompute:
-        memory += len(shapes) * states + _activations(ckpt, recipe, step.batch_size)
+        memory += len(shapes) * states + _activations(ckpt, recipe, step.batch_size, size)
     else:  # with the weights of every block, and their codes once more
-        memory += len(shapes) * _activations(ckpt, recipe, step.batch_size)
+        memory += len(shapes) * _activations(ckpt, recipe, step.batch_size, size)
         memory += sum((1 + size) * math.prod(shape) for index in blocks for shape in shapes[index])
     largest = max(sum(math.prod(shape) for shape in found) for found in shapes.values())
     return memory + 4 * 6 * largest + 6 * finetune.LOGIT_BYTES
 
 
-def _evaluating(recipe: Recipe, ckpt: Checkpoint, shapes: Sequence[tuple[int, int]], windows: int) -> float:
+def _evaluating(
+    recipe: Recipe, ckpt: Checkpoint, shapes: Sequence[tuple[int, int]], windows: int, device: torch.device
+) -> float:
     """Return bytes of evaluating: norms and head in fp32, a block, every window's hidden states, a batch, logits.
 
     Norms, head and states of the original are there as well where it is compared with.
     """
-    config, size = ckpt.config.get_text_config(), ckpt.dtype.itemsize
+    config, size = ckpt.config.get_text_config(), fast_dtype(ckpt.dtype, device).itemsize
     states = windows * recipe.eval.seqlen * config.hidden_size * size
     batch = 16 * max(perplexity.BATCH_TOKENS, recipe.eval.seqlen) * config.hidden_size * size
-    outside = _resident(ckpt) * 4 / size
+    outside = _resident(ckpt) * 4 / ckpt.dtype.itemsize
     models = 1 + recipe.eval.baseline
     block = size * sum(math.prod(shape) for shape in shapes)
     return models * (outside + states) + block + batch + 2 * models * predictions.LOGIT_BYTES
 
 
-def _activations(ckpt: Checkpoint, recipe: Recipe, batch_size: int) -> float:
+def _activations(ckpt: Checkpoint, recipe: Recipe, batch_size: int, size: int) -> float:
     """Return bytes that one block keeps of one batch for its backward pass."""
     config, seqlen = ckpt.config.get_text_config(), recipe.calib.seqlen
-    heads, each = getattr(config, "num_attention_heads", 1), 34 * _forward_bytes(recipe)
+    heads, each = getattr(config, "num_attention_heads", 1), 34 * size
     if recipe.scheme.activations < 16:
         each += 60  # what enters each linear, in fp32 before it is rounded
-    return each * batch_size * seqlen * config.hidden_size + kept_bytes(batch_size, heads, seqlen)
-
-
-def _forward_bytes(recipe: Recipe) -> int:
-    """Return bytes of a number of the forward pass."""
-    return getattr(torch, recipe.tune.dtype).itemsize
+    return each * batch_size * seqlen * config.hidden_size + kept_bytes(batch_size, heads, seqlen, itemsize=size)

@@ -81,7 +81,7 @@ def estimate(
     left = blocks if left is None else left
     return Estimate(
         seconds=solving_seconds(plan, recipe, ckpt, shapes, left, device, tuned=tuned),
-        memory_bytes=peak_bytes(plan, recipe, ckpt, shapes, blocks, windows=windows),
+        memory_bytes=peak_bytes(plan, recipe, ckpt, shapes, blocks, device, windows=windows),
         disk_bytes=disk,
         blocks=len(left),
         evaluate_seconds=evaluation_seconds(recipe, ckpt, shapes, windows, device) if windows else 0.0,

@@ -10,6 +10,7 @@ import torch
 
 from makeweight.methods.base import FinetuneStep
 from makeweight.numerics.flops import block_flops, matmul_rate, step_flops, step_rate
+from makeweight.numerics.precision import fast_dtype, named_dtype
 from makeweight.plan import Plan
 from makeweight.recipe import Recipe
 from makeweight.sweep import finetune, fit
@@ -56,7 +57,7 @@ def solving_seconds(
 def _rate(recipe: Recipe, shapes: Sequence[tuple[int, int]], device: torch.device) -> float:
     """Return the operations per second of learning, by those of the largest linear alone."""
     tokens = recipe.tune.batch_size * recipe.calib.seqlen
-    dtype = getattr(torch, recipe.tune.dtype)
+    dtype = named_dtype(recipe.tune.dtype, device)
     return EFFICIENCY * step_rate(
         max(shapes, key=math.prod), tokens, recipe.scheme.group_size, device=device, dtype=dtype
     )
@@ -120,5 +121,7 @@ def evaluation_seconds(
     config, seqlen = ckpt.config.get_text_config(), recipe.eval.seqlen
     blocks = sum(block_flops(found, config.hidden_size, windows, seqlen) for found in shapes.values()) / 3
     head = 2 * windows * seqlen * config.hidden_size * config.vocab_size
-    seconds = blocks / matmul_rate(device, dtype=ckpt.dtype) + head / matmul_rate(device, dtype=torch.float32)
+    seconds = blocks / matmul_rate(device, dtype=fast_dtype(ckpt.dtype, device)) + head / matmul_rate(
+        device, dtype=torch.float32
+    )
     return (1 + recipe.eval.baseline) * seconds / EFFICIENCY

@@ -21,6 +21,7 @@ from makeweight.calib.capture import find_device
 from makeweight.calib.data import behind, check_tokens, evaluation_texts
 from makeweight.errors import UserError
 from makeweight.evals.predictions import Predictions, Progress, predict
+from makeweight.numerics.precision import fast_dtype
 
 if TYPE_CHECKING:
     from makeweight.models.load import Checkpoint
@@ -61,7 +62,7 @@ class Opened:
 class Texts:
     """What is read, and how: texts, windows of `seqlen` tokens (the first `windows`, one number or one each), device.
 
-    `dtype` is that of the blocks (None: the checkpoint's own).
+    `dtype` is that of the blocks (None: the checkpoint's own, float32 where the device has no units for that).
     """
 
     datasets: Sequence[str]
@@ -97,7 +98,7 @@ class Texts:
     def read(self, opened: Opened, progress: Progress | None = None) -> tuple[Predictions, list[int], float]:
         """Return a model's predictions, how many windows each text has, and the seconds that it took."""
         device, batch, ckpt = find_device(self.device), max(1, BATCH_TOKENS // self.seqlen), opened.ckpt
-        start, dtype = time.perf_counter(), self.dtype or ckpt.dtype
+        start, dtype = time.perf_counter(), self.dtype or fast_dtype(ckpt.dtype, device)
         found = predict(ckpt, opened.windows_NT, dtype=dtype, device=device, batch=batch, progress=progress)
         return found, opened.counts, time.perf_counter() - start
 
@@ -130,10 +131,10 @@ def evaluate(
 ) -> list[Perplexity]:
     """Perplexity of a folder, hub name or GGUF file on each data set, with one pass over its blocks for all of them.
 
-    `dtype` is that of the blocks (None: the checkpoint's own). Convention: the held-out part of each text is tokenised
-    once and cut into adjacent windows of `seqlen`, of which the first `windows` count (one number, or one
-    each). The mean over windows is the field's WikiText-2 figure (GPTQ and OmniQuant evaluation loops). Raises
-    UserError.
+    `dtype` is that of the blocks (None: the checkpoint's own, float32 where the device has no units for that).
+    Convention: the held-out part of each text is tokenised once and cut into adjacent windows of `seqlen`, of which
+    the first `windows` count (one number, or one each). The mean over windows is the field's WikiText-2 figure (GPTQ
+    and OmniQuant evaluation loops). Raises UserError.
     """
     texts = Texts(
         datasets=datasets,

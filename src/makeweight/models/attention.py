@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 NAME = "makeweight_causal"
-_NARROW = (torch.bfloat16, torch.float16)
+_FASTER = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def speed_up(model: PreTrainedModel) -> PreTrainedModel:
@@ -49,7 +49,7 @@ def _attention(
         and attention_mask is None
         and (getattr(module, "is_causal", True) if causal is None else causal)
         and query_BHTD.device.type == "cpu"
-        and query_BHTD.dtype in _NARROW
+        and query_BHTD.dtype in _FASTER
         and not any(named.get(name) for name in ("dropout", "softcap"))
         and not any(named.get(name) is not None for name in ("position_bias", "cache"))
     ):

@@ -36,7 +36,7 @@ def last_token_attention(query_BH1D: Tensor, key_BKTD: Tensor, value_BKTE: Tenso
     return out_NGE.to(query_BH1D.dtype).view(*query_BH1D.shape[:3], -1)
 
 
-def kept_bytes(batch: int, heads: int, tokens: int, *, itemsize: int = 2) -> int:
+def kept_bytes(batch: int, heads: int, tokens: int, *, itemsize: int) -> int:
     """Return how much one call keeps of its probabilities for the backward pass; 0 where it computes them again."""
     size = batch * heads * tokens**2 * itemsize // 2
     return size if size <= KEPT_BYTES else 0

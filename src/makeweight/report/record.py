@@ -15,6 +15,7 @@ import torch
 
 from makeweight import __version__
 from makeweight.evals.perplexity import Perplexity
+from makeweight.numerics.precision import named_dtype
 from makeweight.recipe import Recipe
 
 FILE = "record.json"
@@ -119,11 +120,12 @@ def _ratio(pair: tuple[Perplexity, Perplexity]) -> float:
 
 
 def machine(device: torch.device) -> dict[str, str]:
-    """Describe what a run ran on."""
+    """Describe what a run ran on; "dtype" is what "auto" stands for there."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {
         "device": f"{device.type}: {name}",
         "threads": str(torch.get_num_threads()),
+        "dtype": str(named_dtype("auto", device)).removeprefix("torch."),
         "torch": torch.__version__,
         "makeweight": __version__,
     }

@@ -7,6 +7,7 @@ rho of each edge that leaves the smallest error at the readers' outputs under pl
 anything else is built, so that sde takes its singular values of the scaled weights.
 Source: OmniQuant (arXiv 2308.13137, section 3.3) for learning it, AWQ (arXiv 2306.00978, section 3.2) for the search.
 AWQ judges by the output of the attention or the MLP; here each reader is judged by its own, from second moments alone.
+Where inputs are rounded as well, what that adds is counted too: it is least where no channel stands out of a token.
 
 Shapes: O out, I in, C channels of an edge.
 """
@@ -29,6 +30,8 @@ SHARES = tuple(step / 20 for step in range(20))
 """The exponents that are tried; 0 scales nothing."""
 TINY = 1e-8
 """The mean square of inputs under which channels count as equally small."""
+PEAK = 3.0
+"""How far a token's largest value lies out, in root mean squares of the largest channel."""
 QUERY_KEY = "query-key"
 
 
@@ -132,9 +135,15 @@ def energy(weight_OI: Tensor, moment_II: Tensor) -> Tensor:
 
 
 def lost(weight_OI: Tensor, columns_I: Tensor, moment_II: Tensor, context: Context) -> Tensor:
-    """Return the energy of what rounding W / columns to the nearest adds to the outputs, a scalar."""
+    """Return the energy of what rounding W / columns, and inputs that are rounded, adds to the outputs, a scalar."""
     scheme = context.scheme
     weight_OGS = grouped(weight_OI / columns_I, scheme.group_of(weight_OI.shape[1], "a linear"))
     scale_OG, zero_OG = qparams(*ranges(weight_OGS), scheme, context.scale_dtype)
     rounded_OI = from_codes(to_codes(weight_OGS, scale_OG, zero_OG, scheme), scale_OG, zero_OG).flatten(1)
-    return energy(rounded_OI * columns_I - weight_OI, moment_II)
+    error = energy(rounded_OI * columns_I - weight_OI, moment_II)
+    if scheme.activations < 16:
+        # Errors are spread evenly over a step, independently for every input: step^2 / 12 through each weight.
+        peak = PEAK * (moment_II.diagonal().sqrt() * columns_I).max()
+        step = 2 * peak / (2**scheme.activations - 1)
+        error = error + step.square() / 12 * (weight_OI / columns_I).square().sum()
+    return error
