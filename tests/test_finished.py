@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 from makeweight import pipeline
 from makeweight.errors import UserError
 from makeweight.export import manifest
-from makeweight.export.folder import MARKER, Folder
+from makeweight.export.claim import check
+from makeweight.export.folder import Folder
 from makeweight.export.solved import Solved
 from makeweight.job import Job
 from makeweight.models.checkpoint import Checkpoint
@@ -105,10 +106,10 @@ def test_a_run_is_finished_where_it_was_begun(llama: Path, text: Path, tmp_path:
     Folder.claim(recipe.out, identity=job.identity(), device="gpu", shards=4)
     with pytest.raises(UserError, match=f"out was begun on gpu, not on {job.device.type}: finish it there, or delete"):
         quantize(recipe)
-    (tmp_path / "out" / MARKER).unlink()
+    shutil.rmtree(recipe.out)
     record = quantize(recipe)
     assert quantize(named).digest == record.digest, "auto is the device that was found"
-    Folder.check(recipe.out, identity=job.identity(), device="gpu")
+    check(recipe.out, identity=job.identity(), device="gpu")
 
 
 def test_the_saved_recipe_is_that_of_the_record(llama: Path, text: Path, tmp_path: Path) -> None:

@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from makeweight import pipeline
 from makeweight.errors import UserError
-from makeweight.export.folder import MARKER, Folder
+from makeweight.export.folder import Folder
 from makeweight.export.manifest import check
 from makeweight.numerics.scheme import Scheme
+from makeweight.paths import MARKER
 from makeweight.pipeline import preflight, quantize
 from makeweight.recipe import Calib, Eval, Recipe, Tune
 from makeweight.report.record import Record
@@ -82,7 +83,7 @@ def test_killed_while_writing(shard: int, llama: Path, text: Path, straight: Pat
 @pytest.mark.parametrize("file", ["model.safetensors.index.json", "recipe.json", "config.json"])
 def test_killed_while_finishing(file: str, llama: Path, text: Path, straight: Path, tmp_path: Path) -> None:
     recipe = unmeasured(llama, tmp_path / "out", text)
-    interrupted(recipe, Folder, "write_text", lambda _, name, *rest: name == file)
+    interrupted(recipe, Folder, "write_text", lambda folder, name, *_: name == file and folder.report(3) is not None)
     assert solved(recipe) == []
     the_same(tmp_path / "out", straight)
 
@@ -230,15 +231,16 @@ def test_a_folder_of_another_run(llama: Path, text: Path, tmp_path: Path) -> Non
     out = tmp_path / "out"
     recipe = unmeasured(llama, out, text, method="lwc")
     interrupted(recipe, Sweep, "solve", lambda _, index, *rest: index == 2)
-    others = (
-        replace(recipe, seed=1),
-        replace(recipe, method="lwc+cl"),
-        replace(recipe, options={"lwc": {"logit": 3.0}}),
-        replace(recipe, tune=replace(recipe.tune, steps=5)),
-        replace(recipe, model=str(tiny_folder("llama", tmp_path / "other", seed=1))),
-    )
-    for other in others:
-        assert f"{out} belongs to a run with another recipe, model, text or version" in refused(other, out)
+    others = {
+        "recipe (seed is 0 there and 1 here)": replace(recipe, seed=1),
+        'recipe (method is "lwc" there and "lwc+cl" here)': replace(recipe, method="lwc+cl"),
+        "recipe (options.lwc.logit is not given there and 3.0 here)": replace(recipe, options={"lwc": {"logit": 3.0}}),
+        "recipe (tune.steps is 4 there and 5 here)": replace(recipe, tune=replace(recipe.tune, steps=5)),
+        "model, text or version": replace(recipe, model=str(tiny_folder("llama", tmp_path / "other", seed=1))),
+    }
+    for said, other in others.items():
+        assert f"{out} belongs to a run with another {said}" in refused(other, out)
+    assert Recipe.load(out / "recipe.json") == recipe, "an unfinished folder says with what it goes on"
     assert solved(recipe) == [2]
 
 

@@ -162,7 +162,7 @@ def _run(wanted: Recipe, *, dry: bool) -> None:
         print(preflight(wanted))
     else:
         show(quantize(wanted))
-    options.name_unused(wanted)  # last: what is refused gets one sentence
+    options.remark(wanted)  # last: what is refused gets one sentence
 
 
 @app.command()

@@ -16,6 +16,8 @@ from makeweight.calib.data import behind, calibration_tokens, check_tokens, eval
 from makeweight.estimate.run import Estimate, estimate
 from makeweight.export import compressed_tensors
 from makeweight.export.base import Facts
+from makeweight.export.claim import NEVER_COUNT, check_place
+from makeweight.export.claim import check as check_owner
 from makeweight.export.folder import Folder
 from makeweight.export.run import check as check_formats
 from makeweight.export.run import target_of
@@ -56,7 +58,7 @@ class Job:
         device = find_device(recipe.tune.device)
         ckpt = open_checkpoint(recipe.model, trust_remote_code=recipe.trust_remote_code)
         blocks = check(plan, recipe, ckpt)
-        Folder.check_place(recipe.out)
+        check_place(recipe.out)
         ckpt.check_sound()
         tokenizer = ckpt.tokenizer()
         wanted = recipe.eval
@@ -96,7 +98,7 @@ class Job:
             tokens_NT=tokens_NT,
             estimate=expected,
         )
-        Folder.check(recipe.out, identity=job.identity(), device=device.type)
+        check_owner(recipe.out, identity=job.identity(), device=device.type, recipe=recipe.to_json())
         check_formats(expanded(recipe.out), recipe.formats, job.facts(), identity=job.identity())
         return job
 
@@ -129,10 +131,9 @@ class Job:
     def identity(self) -> str:
         """Return a hash of all that decides the bytes of the weights."""
         data = recipe_data(self.recipe)
-        for name in ("model", "out", "eval", "formats", "trust_remote_code"):
-            del data[name]
-        del data["calib"]["dataset"]  # its tokens count, wherever the file lies
-        del data["tune"]["device"]  # the folder holds on to it until everything is solved
+        for name in NEVER_COUNT:  # tokens count, wherever their file lies; the folder holds on to its device
+            part, _, key = name.rpartition(".")
+            del (data[part] if part else data)[key]
         plan = self.plan
         if plan.finetune is not None:  # what is kept for the way back changes no byte: a run short of memory goes on
             plan = replace(plan, finetune=replace(plan.finetune, recompute=True))

@@ -51,12 +51,14 @@ def changed(base: T, **changes: Any) -> T:
     return replace(base, **{name: value for name, value in changes.items() if value is not None})  # pyright: ignore[reportReturnType, reportArgumentType]
 
 
-def name_unused(recipe: Recipe) -> None:
-    """Print which options change nothing in what a recipe runs."""
-    from makeweight.plan import unused
+def remark(recipe: Recipe) -> None:
+    """Print which options change nothing in what a recipe runs, and which of its figures flatter."""
+    from makeweight.plan import seen, unused
 
     if found := unused(recipe):
         print(f"Not used by this run of {recipe.method}: {', '.join(found)}.", file=sys.stderr)
+    if known := seen(recipe):
+        print(f"Measured on {' and '.join(known)}, which it is calibrated on: others lose more.", file=sys.stderr)
 
 
 def grid(

@@ -1,4 +1,4 @@
-"""Paths as users write them, folders kept from other processes, files brought to the disk."""
+"""Paths as users write them, folders that runs write and hold, files brought to the disk."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from pathlib import Path
 
 from makeweight.errors import UserError
 
+MARKER, RECIPE = "makeweight.json", "recipe.json"
+"""The first files of a folder that a run writes: whose it is, and what the run was asked for."""
+
 
 def expanded(path: str | Path) -> Path:
     """Return a path with its ~ replaced by a home directory; raises UserError where there is none, or no path."""
@@ -18,6 +21,14 @@ def expanded(path: str | Path) -> Path:
         return Path(path).expanduser()
     except RuntimeError as error:
         raise UserError(f"{path} names the home directory of nobody here: give the path without ~.") from error
+
+
+def unfinished(folder: Path) -> UserError:
+    """Return what to say where a folder that a run has begun is asked for as a whole."""
+    return UserError(
+        f"{folder} is not finished: run the same `makeweight quantize` again, or `makeweight quantize --recipe "
+        f"{folder}/{RECIPE}`."
+    )
 
 
 @contextmanager

@@ -45,7 +45,7 @@ def quantize(recipe: Recipe) -> Record:
     if job.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(job.device)
     shards, device = job.ckpt.n_blocks + 1, job.device.type
-    folder = Folder.claim(recipe.out, identity=job.identity(), device=device, shards=shards)
+    folder = Folder.claim(recipe.out, identity=job.identity(), device=device, shards=shards, recipe=recipe.to_json())
     with folder.alone(), _threads(folder):
         return Run(job, folder).finish()
 

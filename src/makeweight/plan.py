@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
+from makeweight.calib.data import same_text
 from makeweight.errors import UserError, did_you_mean
 from makeweight.methods.base import BlockStep, FinetuneStep, GridStep, LossStep, MapStep, RoundStep, Step, TargetStep
 from makeweight.methods.grid.clip import Rtn
@@ -209,6 +210,12 @@ def unused(recipe: Recipe) -> list[str]:
         "--eval-windows": bool(recipe.eval.datasets) or recipe.eval.windows is None,
     }
     return [option for option, counts in used.items() if not counts]
+
+
+def seen(recipe: Recipe) -> list[str]:
+    """Return the texts that a recipe measures on though it has calibrated on them."""
+    calibrates = compose(recipe.method).calibrates
+    return [name for name in recipe.eval.datasets if calibrates and same_text(recipe.calib.dataset, name)]
 
 
 def _check_alike(ckpt: Checkpoint) -> None:

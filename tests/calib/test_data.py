@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from makeweight.calib import data
-from makeweight.calib.data import behind, calibration_tokens, evaluation_windows, read_text, token_stream
+from makeweight.calib.data import behind, calibration_tokens, evaluation_windows, read_text, same_text, token_stream
 from makeweight.calib.named import HUB, NAMES
 from makeweight.errors import UserError
 
@@ -263,3 +263,20 @@ def test_a_model_that_needs_its_first_token_gets_it_in_every_sample() -> None:
     tokens_NT = torch.arange(6).view(2, 3)
     assert behind(9, tokens_NT).tolist() == [[9, 1, 2], [9, 4, 5]] and tokens_NT[0, 0] == 0
     assert behind(None, tokens_NT) is tokens_NT
+
+
+@pytest.mark.parametrize(
+    ("calibrated", "measured", "same"),
+    [
+        ("a.txt", "./a.txt", True),
+        ("a.txt", "b.txt", False),
+        ("wikitext2", "wikitext2", False),
+        ("wikitext2:test", "wikitext2", True),
+        ("wikitext2", "wikitext2:train", True),
+        ("python-docs", "python-docs", False),
+        ("python-docs:validation", "python-docs", True),
+        ("python-docs", "wikitext2", False),
+    ],
+)
+def test_which_texts_are_the_same(calibrated: str, measured: str, same: bool) -> None:
+    assert same_text(calibrated, measured) is same

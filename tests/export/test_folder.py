@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,13 @@ import torch
 from torch import Tensor
 
 from makeweight.errors import UserError
+from makeweight.export import folder as folder_module
 from makeweight.export import manifest
-from makeweight.export.folder import MARKER, Folder
+from makeweight.export.folder import Folder
+from makeweight.export.solved import Solved
+from makeweight.models.load import open_checkpoint
 from makeweight.models.shards import INDEX
-from makeweight.paths import locked
+from makeweight.paths import MARKER, locked
 from tests.runs import files, same_bits
 
 TENSORS: dict[str, Tensor] = {
@@ -65,6 +69,14 @@ def test_a_folder_of_another_run(tmp_path: Path) -> None:
     assert "belongs to a run with another recipe, model, text or version" in refused(tmp_path / "out")
 
 
+@pytest.mark.parametrize("read", [open_checkpoint, manifest.check, Solved])
+def test_a_folder_that_is_not_finished_says_how_it_goes_on(read: Callable[[Path], object], tmp_path: Path) -> None:
+    out = claim(tmp_path / "out").path
+    again = rf"{out} is not finished: .* or `makeweight quantize --recipe {out}/recipe\.json`"
+    with pytest.raises(UserError, match=again):
+        read(out)
+
+
 @pytest.mark.parametrize("name", ["config.json", ".hidden", "model-00001-of-00002.safetensors"])
 def test_a_folder_of_something_else(name: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
@@ -101,7 +113,7 @@ def test_one_run_at_a_time(tmp_path: Path) -> None:
 def test_a_folder_that_another_run_takes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both have seen an empty folder; the slower one finds a marker once nobody holds the folder any more."""
     pytest.importorskip("fcntl")
-    out, seen = tmp_path / "out", Folder.check
+    out, seen = tmp_path / "out", folder_module.check
     out.mkdir()
     with locked(out, wait=False):
         assert "is being written by another run" in refused(out)
@@ -111,7 +123,7 @@ def test_a_folder_that_another_run_takes_first(tmp_path: Path, monkeypatch: pyte
         if known["identity"] == "mine":
             claim(path, "theirs")
 
-    monkeypatch.setattr(Folder, "check", staticmethod(slow))
+    monkeypatch.setattr(folder_module, "check", slow)
     with pytest.raises(UserError, match="belongs to a run with another recipe"):
         claim(out)
     assert json.loads((out / MARKER).read_text())["identity"] == "theirs"

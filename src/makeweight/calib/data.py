@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from makeweight.calib.named import HUB, NAMES, Split, first_line, read_named
+from makeweight.calib.named import HUB, NAMES, Split, first_line, read_named, usual_part
 from makeweight.errors import UserError, did_you_mean
 from makeweight.paths import expanded
 
@@ -55,6 +55,16 @@ def read_text(source: str, *, split: Split = "train") -> list[str]:
     if not any(document.strip() for document in documents):
         raise UserError(f"{source} holds no text: give a source with some.")
     return documents
+
+
+def same_text(calibrated: str, measured: str) -> bool:
+    """Say whether what one source gives to calibrate on is what another gives to measure on."""
+    sources: tuple[tuple[str, Split], ...] = ((calibrated, "train"), (measured, "test"))
+    found = []
+    for source, split in sources:
+        name, _, part = source.partition(":")
+        found.append((name, part or usual_part(name, split)) if name in NAMES else expanded(source).resolve())
+    return found[0] == found[1]
 
 
 def token_stream(tokenizer: PreTrainedTokenizerBase, source: str, *, split: Split) -> Tensor:

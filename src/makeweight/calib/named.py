@@ -89,13 +89,18 @@ def read_named(name: str, part: str, split: Split) -> list[str]:
     if part and part not in parts:
         hint = did_you_mean(part, parts)
         raise UserError(f"{name} has no part {part!r}{hint}: choose {' or '.join(f'{name}:{p}' for p in parts)}.")
-    held_out = "validation" if name in LOCAL else HUB[name].held_out
-    part = part or ("train" if split == "train" else held_out or "")
+    part = part or usual_part(name, split)
     if not part:
         raise UserError(f"{name} has no part that is held out: evaluate on another text, such as wikitext2.")
     if name in LOCAL:
         return _python_docs(part) if name == PYTHON_DOCS else _python_code(part)
     return _download(name, part)
+
+
+def usual_part(name: str, split: Split) -> str:
+    """Return the part of one of `NAMES` that is meant where nobody says; "" where none is held out."""
+    held_out = "validation" if name in LOCAL else HUB[name].held_out
+    return "train" if split == "train" else held_out or ""
 
 
 def _download(name: str, part: str) -> list[str]:

@@ -85,7 +85,7 @@ def _finetuning(
 ) -> float:
     """Return bytes of all codes, their scales as they are learned, two streams, and what the backward pass keeps.
 
-    Codes lie in a file that is mapped: where memory is short they need not stay in it.
+    Codes lie in a file that is mapped: where memory is short they need not stay in it. `size` is as in `_learning`.
     """
     config, calib = ckpt.config.get_text_config(), recipe.calib
     memory = 0.0

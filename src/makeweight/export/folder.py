@@ -19,16 +19,16 @@ from torch import Tensor
 
 from makeweight.errors import UserError
 from makeweight.export import manifest
+from makeweight.export.claim import check, read_json
 from makeweight.models.shards import INDEX, first_line
-from makeweight.paths import expanded, locked, to_disk
+from makeweight.paths import MARKER, RECIPE, expanded, locked, to_disk
 
-MARKER = "makeweight.json"
 REPORTS = "blocks.json"
 UNSEALED = ".manifest.json"
 """The manifest of a folder whose record is being written again."""
 NOTE = "export.json"
 """What was written from which solved folder."""
-OWN = (MARKER, REPORTS, NOTE, "recipe.json", "record.json", manifest.NAME)
+OWN = (MARKER, REPORTS, NOTE, RECIPE, "record.json", manifest.NAME)
 """What is added to a folder besides the model; a model quantized again must not pass them on."""
 
 Verify = Callable[[Mapping[str, Tensor]], None]
@@ -41,60 +41,27 @@ class Folder:
         self.path, self.shards = path, shards
 
     @classmethod
-    def claim(cls, path: str | Path, *, identity: str, device: str, shards: int) -> Folder:
+    def claim(cls, path: str | Path, *, identity: str, device: str, shards: int, recipe: str = "{}") -> Folder:
         """Take a new or empty folder, or go on with one that the same run began on the same kind of device.
 
-        Raises UserError where the folder holds anything else.
+        A new one gets the recipe, in JSON. Raises UserError where the folder holds anything else.
         """
-        cls.check(path, identity=identity, device=device)
+        check(path, identity=identity, device=device, recipe=recipe)
         folder = cls(expanded(path), shards)
         try:
             folder.path.mkdir(parents=True, exist_ok=True)
             with folder.alone():
-                cls.check(path, identity=identity, device=device)  # another run may have been faster
+                check(path, identity=identity, device=device, recipe=recipe)  # another run may have been faster
                 if folder.marker() is None:
                     folder._write_json(MARKER, {"identity": identity, "device": device, "done": False})
+                    folder.write_text(RECIPE, recipe)
         except OSError as error:
             raise UserError(f"{path} cannot be made a folder ({error.strerror}): give another --out.") from error
         return folder
 
-    @staticmethod
-    def check(path: str | Path, *, identity: str, device: str) -> None:
-        """Raise UserError for a folder that `claim` would refuse; nothing is written."""
-        Folder.check_place(path)
-        folder = expanded(path)
-        found = _read_json(folder / MARKER)
-        if found is None:
-            return
-        if found.get("identity") != identity:
-            raise UserError(
-                f"{folder} belongs to a run with another recipe, model, text or version of makeweight: "
-                "give another --out, or delete it."
-            )
-        if not found.get("done") and (began := found.get("device", device)) != device:
-            # Devices differ in the last bits: what is finished has its bytes, the rest would get others.
-            raise UserError(f"{folder} was begun on {began}, not on {device}: finish it there, or delete it.")
-
-    @staticmethod
-    def check_place(path: str | Path) -> None:
-        """Raise UserError for a folder that holds what no run wrote; asks for nothing that takes long to know."""
-        folder = expanded(path)
-        if _read_json(folder / MARKER) is not None:
-            return
-        try:
-            strangers = {item.name for item in folder.iterdir()} - {f"{MARKER}.part"}
-        except FileNotFoundError:
-            strangers = set[str]()
-        except OSError as error:
-            if not folder.is_file():
-                raise UserError(f"{path} cannot be made a folder ({error.strerror}): give another --out.") from error
-            strangers = {folder.name}
-        if strangers:
-            raise UserError(f"{folder} already holds something else: give a new or an empty folder as --out.")
-
     def marker(self) -> dict[str, Any] | None:
         """Return what the folder's marker says, or None where there is none."""
-        return _read_json(self.path / MARKER)
+        return read_json(self.path / MARKER)
 
     @property
     def done(self) -> bool:
@@ -135,7 +102,7 @@ class Folder:
         _settle(part, self.shard(index))
 
     def _reports(self) -> dict[str, Any]:
-        return _read_json(self.path / REPORTS) or {}
+        return read_json(self.path / REPORTS) or {}
 
     def report(self, index: int) -> dict[str, Any] | None:
         """Return the report of a finished shard, or None where it has not been written."""
@@ -263,14 +230,6 @@ def copy_files(files: Iterable[Path], root: Path, folder: Path) -> None:
         part = target.with_name(f"{target.name}.part")
         shutil.copyfile(file, part)
         _settle(part, target)
-
-
-def _read_json(file: Path) -> dict[str, Any] | None:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
 
 
 def _settle(part: Path, final: Path) -> None:

@@ -15,13 +15,13 @@ from torch import Tensor
 from makeweight.errors import UserError
 from makeweight.export import manifest
 from makeweight.export.base import Facts
-from makeweight.export.folder import MARKER, OWN
+from makeweight.export.folder import OWN
 from makeweight.models import packed
 from makeweight.models.checkpoint import TEMPLATES
 from makeweight.models.shards import Shards, read_json
 from makeweight.numerics.qtensor import QTensor
 from makeweight.numerics.scheme import Scheme
-from makeweight.paths import expanded
+from makeweight.paths import MARKER, RECIPE, expanded, unfinished
 from makeweight.recipe import Recipe
 
 REPAIR = "Delete it and write it again, or download it again."
@@ -47,9 +47,9 @@ class Solved:
         marker = read_json(self.path / MARKER)
         self.identity = str(marker.get("identity"))
         if not marker.get("done"):
-            raise UserError(f"{self.path} is not finished: run the same `makeweight quantize` again to finish it.")
+            raise unfinished(self.path)
         self._check_weights()
-        self.recipe = Recipe.load(self.path / "recipe.json")
+        self.recipe = Recipe.load(self.path / RECIPE)
         self.scheme: Scheme = self.recipe.scheme
         self.shards = Shards(self.path)
 

@@ -26,8 +26,10 @@ def _multiplies(dtype: torch.dtype, device: torch.device) -> bool:
     """Say whether a device has units for products in `dtype`."""
     if device.type == "cuda":
         return dtype == torch.float16 or torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return device.type != "cpu"
+    if device.type != "cpu":
+        return True
+    if not torch.backends.mkldnn.is_available():
+        return False
     mkldnn, cpu = torch.ops.mkldnn, torch.cpu
     if dtype == torch.float16:
         return bool(mkldnn._is_mkldnn_fp16_supported())
