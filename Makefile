@@ -12,7 +12,7 @@ READY := $(VENV)/.ready
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | awk -F'\t' '{ printf "make %-7s %s\n", $$1, $$2 }'
 
-demo: $(READY) ## quantize SmolLM2-135M to 3 bits and compare perplexities (about 4 minutes)
+demo: $(READY) ## quantize SmolLM2-135M to 3 bits and compare perplexities (4 to 6 minutes)
 	@$(BIN)/makeweight demo
 
 test: lint ## lint, types, spelling and tests

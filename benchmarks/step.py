@@ -32,7 +32,7 @@ from makeweight.numerics.flips import Curvature
 from makeweight.numerics.flops import matmul_rate, step_flops
 from makeweight.numerics.grid import clipped_grid, from_codes, grouped, qparams
 from makeweight.numerics.memory import keep_freed_memory
-from makeweight.numerics.precision import named_dtype
+from makeweight.numerics.precision import name_of, named_dtype
 from makeweight.numerics.scheme import Scheme
 from makeweight.plan import compose
 from makeweight.sweep.block import Block
@@ -158,7 +158,7 @@ def sde_overhead(rows: Sequence[dict[str, float | str]]) -> float:
     return (float(sde["times_lwc"]) - 1) / (float(sde["gflop"]) / float(lwc["gflop"]) - 1)
 
 
-def plain_grid(weight_OI: Tensor, low_OG: Tensor, high_OG: Tensor) -> Tensor:
+def plain_grid(weight_OI: Tensor, low_OG: Tensor, high_OG: Tensor, dtype: torch.dtype) -> Tensor:
     """Fake-quantize with plain operations and autograd's own backward, for comparison."""
     weight_OGS = grouped(weight_OI, SCHEME.group_size)
     bottom_OG = weight_OGS.amin(-1).clamp(max=0) * low_OG
@@ -168,23 +168,24 @@ def plain_grid(weight_OI: Tensor, low_OG: Tensor, high_OG: Tensor) -> Tensor:
     scaled_OGS = weight_OGS / scale_OG.unsqueeze(-1) + zero_OG.unsqueeze(-1)
     rounded_OGS = scaled_OGS + (scaled_OGS.round() - scaled_OGS).detach()
     codes_OGS = rounded_OGS.clamp(SCHEME.qmin, SCHEME.qmax)
-    return from_codes(codes_OGS, scale_OG, zero_OG).flatten(1).to(torch.bfloat16)
+    return from_codes(codes_OGS, scale_OG, zero_OG).flatten(1).to(dtype)
 
 
-def fused_grid(weight_OI: Tensor, low_OG: Tensor, high_OG: Tensor) -> Tensor:
+def fused_grid(weight_OI: Tensor, low_OG: Tensor, high_OG: Tensor, dtype: torch.dtype) -> Tensor:
     """Fake-quantize in closed form, as the methods do."""
-    return clipped_grid(weight_OI, low_OG, high_OG, SCHEME, scale_dtype=torch.bfloat16, dtype=torch.bfloat16)
+    return clipped_grid(weight_OI, low_OG, high_OG, SCHEME, scale_dtype=torch.bfloat16, dtype=dtype)
 
 
 def measure_grid(device: torch.device, budget: float) -> dict[str, float]:
     """Time fake quantization, forward and backward, over the weights of a SmolLM2 block."""
     weight = (torch.randn(6144, 576, device=device) * 0.02).requires_grad_()
     low, high = (torch.full((6144, 9), 0.98, device=device, requires_grad=True) for _ in range(2))
-    grad = torch.randn(6144, 576, device=device).to(torch.bfloat16)
+    dtype = named_dtype("auto", device)
+    grad = torch.randn(6144, 576, device=device).to(dtype)
     ways = {"plain": plain_grid, "compiled": torch.compile(plain_grid, dynamic=False), "closed form": fused_grid}
 
     def run(way: Callable[..., Tensor]) -> None:
-        way(weight, low, high).backward(grad)
+        way(weight, low, high, dtype).backward(grad)
         weight.grad = low.grad = high.grad = None
 
     try:
@@ -230,7 +231,7 @@ def main() -> None:
     device = torch.device(args.device)
     found: dict[str, object] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     machine = {"device": device.type, "threads": args.threads, "torch": torch.__version__}
-    machine["dtype"] = str(named_dtype("auto", device))
+    machine["dtype"] = name_of(named_dtype("auto", device))
     for title in SIZES if args.big else list(SIZES)[:1]:
         rows = measure_block(title, args.batch, device, args.seconds)
         found[title] = [{**row, **machine} for row in rows]

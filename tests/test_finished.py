@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from makeweight import pipeline
 from makeweight.errors import UserError
 from makeweight.export import manifest
-from makeweight.export.claim import check
+from makeweight.export.claim import Claimant, check
 from makeweight.export.folder import Folder
 from makeweight.export.solved import Solved
 from makeweight.job import Job
@@ -92,7 +92,9 @@ def test_the_same_text_by_another_name_is_the_same_run(llama: Path, text: Path, 
 
 
 def test_the_most_memory_of_all_that_solved_is_kept(tmp_path: Path) -> None:
-    folder = Folder.claim(tmp_path / "out", identity="one", device="cpu", shards=1)
+    recipe = Recipe(model="m", out="o")
+    run = Claimant(identity="one", recipe=recipe, device="cpu", dtype="float32")
+    folder = Folder.claim(tmp_path / "out", run, shards=1)
     for peaks in ([300, 0], [200, 7]):
         folder.note_solver({"machine": {}, "peaks": peaks})
     assert folder.solved_by["peaks"] == [300, 7]
@@ -103,13 +105,14 @@ def test_a_run_is_finished_where_it_was_begun(llama: Path, text: Path, tmp_path:
     recipe = small(llama, tmp_path / "out", text, eval=NOT_MEASURED, tune=Tune(steps=4, device="auto"))
     job = Job.prepare(recipe)
     named = replace(recipe, tune=replace(recipe.tune, device=job.device.type))
-    Folder.claim(recipe.out, identity=job.identity(), device="gpu", shards=4)
+    on_gpu = replace(job.claimant(), device="gpu")
+    Folder.claim(recipe.out, on_gpu, shards=4)
     with pytest.raises(UserError, match=f"out was begun on gpu, not on {job.device.type}: finish it there, or delete"):
         quantize(recipe)
     shutil.rmtree(recipe.out)
     record = quantize(recipe)
     assert quantize(named).digest == record.digest, "auto is the device that was found"
-    check(recipe.out, identity=job.identity(), device="gpu")
+    check(recipe.out, on_gpu)
 
 
 def test_the_saved_recipe_is_that_of_the_record(llama: Path, text: Path, tmp_path: Path) -> None:
@@ -129,10 +132,10 @@ def test_evaluating_again_leaves_what_solving_took(
 ) -> None:
     recipe = small(llama, tmp_path / "out", text, eval=NOT_MEASURED, method="rtn")
     monkeypatch.setattr(pipeline, "peak_memory", lambda: 5_000_000_000)
-    monkeypatch.setattr(pipeline, "machine", lambda device: {"device": "where it was solved"})
+    monkeypatch.setattr(pipeline, "machine", lambda *_: {"device": "where it was solved"})
     first = quantize(recipe)
     monkeypatch.setattr(pipeline, "peak_memory", lambda: 1_000_000_000)
-    monkeypatch.setattr(pipeline, "machine", lambda device: {"device": "another"})
+    monkeypatch.setattr(pipeline, "machine", lambda *_: {"device": "another"})
     again = quantize(replace(recipe, eval=Eval(datasets=(str(text),), seqlen=64, windows=2)))
     assert again.perplexities and again.machine == first.machine == {"device": "where it was solved"}
     assert again.cost.peak_memory_bytes == first.cost.peak_memory_bytes == 5_000_000_000
@@ -179,7 +182,7 @@ def test_a_run_goes_on_with_the_threads_that_it_began_with(
 ) -> None:
     recipe, mine = small(llama, tmp_path / "out", text, eval=NOT_MEASURED), torch.get_num_threads()
     job = Job.prepare(recipe)
-    Folder.claim(recipe.out, identity=job.identity(), device="cpu", shards=4).threads(mine + 1)
+    Folder.claim(recipe.out, job.claimant(), shards=4).threads(mine + 1)
     seen: list[int] = []
     solve = pipeline.Run.solve
     monkeypatch.setattr(pipeline.Run, "solve", lambda run: (seen.append(torch.get_num_threads()), solve(run)))

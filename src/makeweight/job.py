@@ -16,7 +16,7 @@ from makeweight.calib.data import behind, calibration_tokens, check_tokens, eval
 from makeweight.estimate.run import Estimate, estimate
 from makeweight.export import compressed_tensors
 from makeweight.export.base import Facts
-from makeweight.export.claim import NEVER_COUNT, check_place
+from makeweight.export.claim import Claimant, check_place, deciding
 from makeweight.export.claim import check as check_owner
 from makeweight.export.folder import Folder
 from makeweight.export.run import check as check_formats
@@ -26,11 +26,10 @@ from makeweight.models.checkpoint import Checkpoint
 from makeweight.models.load import open_checkpoint
 from makeweight.numerics.grid import scale_dtype_of
 from makeweight.numerics.memory import machine_memory
-from makeweight.numerics.precision import named_dtype
+from makeweight.numerics.precision import fast_dtype, name_of, named_dtype
 from makeweight.paths import expanded
 from makeweight.plan import Plan, check, compose, in_pieces
 from makeweight.recipe import Recipe
-from makeweight.report.record import recipe_data
 from makeweight.store import Store
 from makeweight.sweep.chain import Steps
 from makeweight.sweep.run import Solver
@@ -98,13 +97,16 @@ class Job:
             tokens_NT=tokens_NT,
             estimate=expected,
         )
-        check_owner(recipe.out, identity=job.identity(), device=device.type, recipe=recipe.to_json())
-        check_formats(expanded(recipe.out), recipe.formats, job.facts(), identity=job.identity())
+        run = job.claimant()
+        check_owner(recipe.out, run)
+        check_formats(expanded(recipe.out), recipe.formats, job.facts(), identity=run.identity)
         return job
 
     def outlook(self) -> str:
         """Say what weights become and what that takes, and where it is more than this machine has."""
         said = f"Weights of {self.recipe.scheme.words()}. {self.estimate.sentence()}"
+        if fast_dtype(self.dtype, self.device) != self.dtype:
+            said += f" This device only emulates {self.recipe.tune.dtype}: tune.dtype=auto is many times faster."
         there = machine_memory() if self.device.type == "cpu" else None
         if there is None or self.estimate.memory_bytes <= there:
             return said
@@ -128,20 +130,18 @@ class Job:
             },
         )
 
+    def claimant(self) -> Claimant:
+        """Return the run as its folder knows it."""
+        solved_in = self.dtype if self.plan.calibrates else torch.float32
+        return Claimant(identity=self.identity(), recipe=self.recipe, device=self.device.type, dtype=name_of(solved_in))
+
     def identity(self) -> str:
         """Return a hash of all that decides the bytes of the weights."""
-        data = recipe_data(self.recipe)
-        for name in NEVER_COUNT:  # tokens count, wherever their file lies; the folder holds on to its device
-            part, _, key = name.rpartition(".")
-            del (data[part] if part else data)[key]
         plan = self.plan
-        if plan.finetune is not None:  # what is kept for the way back changes no byte: a run short of memory goes on
+        if plan.finetune is not None:
             plan = replace(plan, finetune=replace(plan.finetune, recompute=True))
-            for given in data["options"].values():
-                given.pop("recompute", None)
-            data["options"] = {name: given for name, given in data["options"].items() if given}
         # The plan holds every setting that the recipe leaves to its default: a release may change one.
-        text = json.dumps([data, repr(plan), self.ckpt.fingerprint(), __version__], sort_keys=True)
+        text = json.dumps([deciding(self.recipe), repr(plan), self.ckpt.fingerprint(), __version__], sort_keys=True)
         tokens = b"" if self.tokens_NT is None else self.tokens_NT.numpy().tobytes()
         return hashlib.sha256(text.encode() + tokens).hexdigest()
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from makeweight.errors import UserError
 
@@ -23,12 +26,25 @@ def expanded(path: str | Path) -> Path:
         raise UserError(f"{path} names the home directory of nobody here: give the path without ~.") from error
 
 
-def unfinished(folder: Path) -> UserError:
-    """Return what to say where a folder that a run has begun is asked for as a whole."""
-    return UserError(
-        f"{folder} is not finished: run the same `makeweight quantize` again, or `makeweight quantize --recipe "
-        f"{folder}/{RECIPE}`."
-    )
+def read_json(file: Path) -> dict[str, Any] | None:
+    """Return what a JSON file holds, None where it is missing, unreadable or no mapping."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def check_finished(folder: Path) -> None:
+    """Raise UserError for a folder that a run has begun and not finished; says how it goes on."""
+    marker = read_json(folder / MARKER)
+    if marker is None or marker.get("done"):
+        return
+    again = ""
+    if (folder / RECIPE).is_file():
+        given = (shlex.quote(str(part)) for part in (folder / RECIPE, folder))
+        again = ", or from where that was `makeweight quantize --recipe {} --out {}`".format(*given)
+    raise UserError(f"{folder} is not finished: run the same `makeweight quantize` again{again}.")
 
 
 @contextmanager

@@ -44,8 +44,7 @@ def quantize(recipe: Recipe) -> Record:
     job = Job.prepare(recipe)
     if job.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(job.device)
-    shards, device = job.ckpt.n_blocks + 1, job.device.type
-    folder = Folder.claim(recipe.out, identity=job.identity(), device=device, shards=shards, recipe=recipe.to_json())
+    folder = Folder.claim(recipe.out, job.claimant(), shards=job.ckpt.n_blocks + 1)
     with folder.alone(), _threads(folder):
         return Run(job, folder).finish()
 
@@ -83,7 +82,7 @@ class Run:
             print(job.outlook(), file=sys.stderr)
             self.solve()
             self.finetune()
-            folder.note_solver(_process(job.device))
+            folder.note_solver(_process(job))
             files = [file for file in job.ckpt.side_files() if file.name not in OWN]
             folder.finish(job.config(), files, job.ckpt.path, {"recipe.json": job.recipe.to_json()})
         begun = folder.vouched
@@ -120,7 +119,7 @@ class Run:
                         sweep.pass_on(index, store.weights(index))
                 else:
                     store.commit(index, sweep.solve(index, bars.step) if sweep else self._round(solver, index))
-                    folder.note_solver(_process(job.device))
+                    folder.note_solver(_process(job))
                 bars.block()
 
     def samples(self, tokens_NT: Tensor) -> tuple[Tensor, float]:
@@ -220,7 +219,7 @@ class Run:
         perplexities, baselines = measure(recipe, str(folder.path), str(job.ckpt.path))
         reports = tuple({"block": i, **(folder.report(i + 1) or {})} for i in job.blocks)
         digest, bits_per_weight = totals(reports)
-        now = _process(job.device)
+        now = _process(job)
         solver = folder.solved_by or now
         memory, gpu_memory = map(max, solver["peaks"], now["peaks"])
         record = Record(
@@ -253,7 +252,7 @@ class Run:
         self.folder.write_text(FILE, record.to_json())
 
 
-def _process(device: torch.device) -> dict[str, Any]:
+def _process(job: Job) -> dict[str, Any]:
     """Describe what this process runs on, and the most memory it has taken so far, its own and the GPU's, in bytes."""
-    gpu = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-    return {"machine": machine(device), "peaks": [peak_memory(), gpu]}
+    gpu = torch.cuda.max_memory_allocated(job.device) if job.device.type == "cuda" else 0
+    return {"machine": machine(job.device, job.dtype), "peaks": [peak_memory(), gpu]}

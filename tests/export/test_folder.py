@@ -6,6 +6,7 @@ import json
 import os
 import stat
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ from torch import Tensor
 from makeweight.errors import UserError
 from makeweight.export import folder as folder_module
 from makeweight.export import manifest
+from makeweight.export.claim import Claimant, another
 from makeweight.export.folder import Folder
 from makeweight.export.solved import Solved
 from makeweight.models.load import open_checkpoint
 from makeweight.models.shards import INDEX
 from makeweight.paths import MARKER, locked
+from makeweight.recipe import Recipe
 from tests.runs import files, same_bits
 
 TENSORS: dict[str, Tensor] = {
@@ -33,8 +36,13 @@ TENSORS: dict[str, Tensor] = {
 REPORT: dict[str, Any] = {"error_after": 0.1 + 0.2, "digest": {"a": "00ff"}, "bits": {"a": [3.25, 12]}}
 
 
+def claimant(identity: str = "mine", **changes: str) -> Claimant:
+    values = {"identity": identity, "device": "cpu", "dtype": "float32", **changes}
+    return Claimant(recipe=Recipe(model="m", out="o"), **values)
+
+
 def claim(path: Path | str, identity: str = "mine", shards: int = 2) -> Folder:
-    return Folder.claim(path, identity=identity, device="cpu", shards=shards)
+    return Folder.claim(path, claimant(identity), shards=shards)
 
 
 def refused(path: Path, identity: str = "mine") -> str:
@@ -66,15 +74,50 @@ def test_the_home_folder_has_a_short_name(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_a_folder_of_another_run(tmp_path: Path) -> None:
     claim(tmp_path / "out", "theirs")
-    assert "belongs to a run with another recipe, model, text or version" in refused(tmp_path / "out")
+    assert "belongs to a run with another model, text or version" in refused(tmp_path / "out")
 
 
 @pytest.mark.parametrize("read", [open_checkpoint, manifest.check, Solved])
 def test_a_folder_that_is_not_finished_says_how_it_goes_on(read: Callable[[Path], object], tmp_path: Path) -> None:
-    out = claim(tmp_path / "out").path
-    again = rf"{out} is not finished: .* or `makeweight quantize --recipe {out}/recipe\.json`"
+    out = claim(tmp_path / "an out").path
+    again = rf"{out} is not finished: .* `makeweight quantize --recipe '{out}/recipe\.json' --out '{out}'`\.$"
     with pytest.raises(UserError, match=again):
         read(out)
+    (out / "recipe.json").unlink()
+    with pytest.raises(UserError, match=r"run the same `makeweight quantize` again\.$"):
+        read(out)
+    claim(out)
+    assert Recipe.load(out / "recipe.json") == claimant().recipe, "a run that goes on leaves it again"
+    marker = json.loads((out / MARKER).read_text())
+    (out / MARKER).write_text(json.dumps({**marker, "done": True}))
+    with pytest.raises(UserError, match=r"has no|holds no"):  # it lost files after it was finished
+        read(out)
+
+
+def test_a_run_goes_on_in_the_dtype_it_was_begun_in(tmp_path: Path) -> None:
+    out = claim(tmp_path / "out").path
+    with pytest.raises(UserError, match="was begun in float32, and this machine works in bfloat16: finish it on one"):
+        Folder.claim(out, claimant(dtype="bfloat16"), shards=2)
+    marker = json.loads((out / MARKER).read_text())
+    (out / MARKER).write_text(json.dumps({**marker, "done": True}))
+    Folder.claim(out, claimant(dtype="bfloat16"), shards=2)
+
+
+def test_what_differs_is_all_that_decides(tmp_path: Path) -> None:
+    ours, folder = Recipe(model="m", out="o"), tmp_path
+
+    def said(theirs: Recipe) -> str:
+        (folder / "recipe.json").write_text(theirs.to_json())
+        return another(folder, ours)
+
+    same = "model, text or version of makeweight"
+    assert said(replace(ours, model="n", out="p", formats=("dense",), calib=replace(ours.calib, dataset="x"))) == same
+    assert said(replace(ours, options={"e2e": {"recompute": True}})) == same
+    assert said(replace(ours, tune=replace(ours.tune, dtype="bfloat16"))) == same
+    both = replace(ours, seed=1, tune=replace(ours.tune, rates={"lwc": 0.1}))
+    assert said(both) == "recipe (seed is 1 there and 0 here, tune.rates.lwc is 0.1 there and not given here)"
+    (folder / "recipe.json").write_text("{")
+    assert another(folder, ours) == f"recipe, {same}"
 
 
 @pytest.mark.parametrize("name", ["config.json", ".hidden", "model-00001-of-00002.safetensors"])
@@ -118,13 +161,13 @@ def test_a_folder_that_another_run_takes_first(tmp_path: Path, monkeypatch: pyte
     with locked(out, wait=False):
         assert "is being written by another run" in refused(out)
 
-    def slow(path: Path, **known: str) -> None:
-        seen(path, **known)
-        if known["identity"] == "mine":
+    def slow(path: Path, run: Claimant) -> None:
+        seen(path, run)
+        if run.identity == "mine":
             claim(path, "theirs")
 
     monkeypatch.setattr(folder_module, "check", slow)
-    with pytest.raises(UserError, match="belongs to a run with another recipe"):
+    with pytest.raises(UserError, match="belongs to a run with another model"):
         claim(out)
     assert json.loads((out / MARKER).read_text())["identity"] == "theirs"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from makeweight.numerics.flops import band_flops, block_flops, matmul_rate, step_flops, step_rate
 
@@ -26,14 +27,14 @@ def test_a_block_ahead_costs_two_thirds_of_a_trained_one() -> None:
 
 
 def test_the_rate_is_measured() -> None:
-    assert matmul_rate(rows=64, size=64, seconds=0.01) > 1e6
+    assert matmul_rate(dtype=torch.float32, rows=64, size=64, seconds=0.01) > 1e6
 
 
 def test_a_machine_too_busy_to_measure_is_measured_once() -> None:
-    assert matmul_rate(rows=64, size=64, seconds=0.0) > 0
+    assert matmul_rate(dtype=torch.float32, rows=64, size=64, seconds=0.0) > 0
 
 
 @pytest.mark.parametrize("group", [-1, 16])
 def test_learning_is_measured_with_its_grid(group: int) -> None:
-    rate = step_rate((96, 64), 32, group, seconds=0.0)
+    rate = step_rate((96, 64), 32, group, dtype=torch.float32, seconds=0.0)
     assert 1e6 < rate < 1e15

@@ -43,7 +43,10 @@ def peak_bytes(
         if recipe.calib.written:
             parts.append(BASE_BYTES + writing_bytes(ckpt, recipe.calib.seqlen, device))
         if plan.finetune is not None:
-            parts.append(outside + _finetuning(plan.finetune, recipe, ckpt, shapes, blocks, size))
+            wider = max(1.0, size / ckpt.dtype.itemsize)  # the head computes in the dtype of learning
+            parts.append(
+                BASE_BYTES + wider * _resident(ckpt) + _finetuning(plan.finetune, recipe, ckpt, shapes, blocks, size)
+            )
     if windows:
         parts.append(BASE_BYTES + _evaluating(recipe, ckpt, largest, windows, device))
     return max(parts)

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from makeweight.errors import UserError
 from makeweight.export import manifest
-from makeweight.export.claim import check, read_json
+from makeweight.export.claim import Claimant, check
 from makeweight.models.shards import INDEX, first_line
-from makeweight.paths import MARKER, RECIPE, expanded, locked, to_disk
+from makeweight.paths import MARKER, RECIPE, expanded, locked, read_json, to_disk
 
 REPORTS = "blocks.json"
 UNSEALED = ".manifest.json"
@@ -41,20 +41,21 @@ class Folder:
         self.path, self.shards = path, shards
 
     @classmethod
-    def claim(cls, path: str | Path, *, identity: str, device: str, shards: int, recipe: str = "{}") -> Folder:
+    def claim(cls, path: str | Path, run: Claimant, *, shards: int) -> Folder:
         """Take a new or empty folder, or go on with one that the same run began on the same kind of device.
 
-        A new one gets the recipe, in JSON. Raises UserError where the folder holds anything else.
+        It holds the recipe from now on. Raises UserError where the folder holds anything else.
         """
-        check(path, identity=identity, device=device, recipe=recipe)
+        check(path, run)
         folder = cls(expanded(path), shards)
         try:
             folder.path.mkdir(parents=True, exist_ok=True)
             with folder.alone():
-                check(path, identity=identity, device=device, recipe=recipe)  # another run may have been faster
+                check(path, run)  # another run may have been faster
                 if folder.marker() is None:
-                    folder._write_json(MARKER, {"identity": identity, "device": device, "done": False})
-                    folder.write_text(RECIPE, recipe)
+                    folder._write_json(MARKER, {**run.marks(), "done": False})
+                if not folder.done:
+                    folder.write_text(RECIPE, run.recipe.to_json())
         except OSError as error:
             raise UserError(f"{path} cannot be made a folder ({error.strerror}): give another --out.") from error
         return folder

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from makeweight.errors import UserError
-from makeweight.paths import MARKER, unfinished
+from makeweight.paths import check_finished
 
 NAME = "manifest.json"
 REWRITTEN = ("recipe.json", "record.json")
@@ -51,8 +51,7 @@ def check(folder: Path, *, kinds: tuple[str, ...] = ("",), strangers: bool = Tru
     strangers: whether a file that was not written counts. Raises UserError where there is no folder or no manifest.
     """
     if not (folder / NAME).is_file():
-        if (folder / MARKER).is_file():
-            raise unfinished(folder)
+        check_finished(folder)
         raise UserError(f"{folder} has no {NAME}: give a folder that makeweight wrote, with all of its files.")
     text = (folder / NAME).read_bytes()
     try:

@@ -21,7 +21,7 @@ from makeweight.models.checkpoint import TEMPLATES
 from makeweight.models.shards import Shards, read_json
 from makeweight.numerics.qtensor import QTensor
 from makeweight.numerics.scheme import Scheme
-from makeweight.paths import MARKER, RECIPE, expanded, unfinished
+from makeweight.paths import MARKER, RECIPE, check_finished, expanded
 from makeweight.recipe import Recipe
 
 REPAIR = "Delete it and write it again, or download it again."
@@ -46,8 +46,7 @@ class Solved:
             raise UserError(f"{self.path} is not a folder that `makeweight quantize` wrote: give its --out folder.")
         marker = read_json(self.path / MARKER)
         self.identity = str(marker.get("identity"))
-        if not marker.get("done"):
-            raise unfinished(self.path)
+        check_finished(self.path)
         self._check_weights()
         self.recipe = Recipe.load(self.path / RECIPE)
         self.scheme: Scheme = self.recipe.scheme

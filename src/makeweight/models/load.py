@@ -9,7 +9,7 @@ from makeweight.errors import UserError
 from makeweight.models import gguf, packed
 from makeweight.models.checkpoint import TEMPLATES, Checkpoint
 from makeweight.models.shards import first_line, read_json
-from makeweight.paths import MARKER, expanded, unfinished
+from makeweight.paths import check_finished, expanded
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -29,8 +29,7 @@ def open_checkpoint(model: str | Path, *, trust_remote_code: bool = False) -> Ch
     if path.is_file():
         path = gguf.to_folder(path)
     if not (path / "config.json").is_file():
-        if (path / MARKER).is_file():
-            raise unfinished(path)
+        check_finished(path)
         raise UserError(f"{path} has no config.json: give a Hugging Face model folder, a hub name or a .gguf file.")
     if (path / "adapter_config.json").is_file():
         raise UserError(f"{path} holds an adapter beside its model: merge it first, or move adapter_config.json away.")

@@ -48,10 +48,10 @@ def step_flops(
 def matmul_rate(
     device: torch.device | str = "cpu",
     *,
+    dtype: torch.dtype,
     rows: int = 2048,
     size: int = 1024,
     seconds: float = 0.3,
-    dtype: torch.dtype = torch.bfloat16,
 ) -> float:
     """Measure the matrix-product rate in operations per second: (rows, size) times (size, size), best of several."""
     left = torch.randn(rows, size, device=device).to(dtype)
@@ -64,9 +64,9 @@ def step_rate(
     tokens: int,
     group: int,
     *,
+    dtype: torch.dtype,
     device: torch.device | str = "cpu",
     seconds: float = 0.3,
-    dtype: torch.dtype = torch.bfloat16,
 ) -> float:
     """Measure operations per second of one linear that learns: weight to grid, forward, backward, a step of AdamW.
 

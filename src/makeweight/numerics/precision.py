@@ -30,10 +30,15 @@ def _multiplies(dtype: torch.dtype, device: torch.device) -> bool:
         return True
     if not torch.backends.mkldnn.is_available():
         return False
-    mkldnn, cpu = torch.ops.mkldnn, torch.cpu
     if dtype == torch.float16:
-        return bool(mkldnn._is_mkldnn_fp16_supported())
-    # AVX-512 alone is enough for the library to take such products, which it then emulates.
-    return bool(mkldnn._is_mkldnn_bf16_supported()) and (
-        not cpu._is_avx2_supported() or cpu._is_avx512_bf16_supported()
-    )
+        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    taken = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    has_units = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    if taken and has_units is not None and torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+        return bool(has_units())  # AVX-512 alone is enough for the library to take such products, and emulate them
+    return taken
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """Return a dtype's name as recipes write it."""
+    return str(dtype).removeprefix("torch.")

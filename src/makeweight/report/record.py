@@ -15,7 +15,7 @@ import torch
 
 from makeweight import __version__
 from makeweight.evals.perplexity import Perplexity
-from makeweight.numerics.precision import named_dtype
+from makeweight.numerics.precision import name_of
 from makeweight.recipe import Recipe
 
 FILE = "record.json"
@@ -119,13 +119,13 @@ def _ratio(pair: tuple[Perplexity, Perplexity]) -> float:
     return math.inf if math.isnan(ratio) else ratio
 
 
-def machine(device: torch.device) -> dict[str, str]:
-    """Describe what a run ran on; "dtype" is what "auto" stands for there."""
+def machine(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+    """Describe what a run ran on, and in which dtype it learned."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {
         "device": f"{device.type}: {name}",
         "threads": str(torch.get_num_threads()),
-        "dtype": str(named_dtype("auto", device)).removeprefix("torch."),
+        "dtype": name_of(dtype),
         "torch": torch.__version__,
         "makeweight": __version__,
     }
