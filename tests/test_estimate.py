@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -157,6 +158,13 @@ def test_memory_of_a_block_and_of_wide_numbers(recipe: Recipe, ckpt: Checkpoint)
     stream = 64 * 128 * 64
     more = of(wide, ckpt, method="lwc").memory_bytes - of(recipe, ckpt, method="lwc").memory_bytes
     assert more > 3 * 2 * stream + 2 * weights
+
+
+def test_the_head_of_the_whole_network_is_as_wide_as_learning(recipe: Recipe, ckpt: Checkpoint) -> None:
+    wide = replace(recipe, tune=replace(recipe.tune, dtype="float32"))
+    outside = sum(math.prod(shape) for name, shape in ckpt.parameters().items() if not name.startswith("model.layers."))
+    more = [of(wide, ckpt, method=m).memory_bytes - of(recipe, ckpt, method=m).memory_bytes for m in ("rtn+e2e", "rtn")]
+    assert more[0] > 2 * outside and more[1] == 0
 
 
 def test_evaluating_is_part_of_it(recipe: Recipe, ckpt: Checkpoint) -> None:

@@ -39,11 +39,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.table:
             print(markdown(Cells(FILE).cells))
             return 0
-        if args.speed:
-            terms = replace(Terms.full(args.threads), blocks=args.blocks)
+        if args.speed is not None:
+            track = Track(replace(Terms.full(args.threads), blocks=args.blocks), WORK / "speed")
             results = Cells(RESULTS / "speed.json")
-            speed(results, Track(terms, WORK / "speed"), args.speed)
-            print(summary(results.cells, args.blocks))
+            speed(results, track, args.speed)
+            print(summary(results.cells, track))
             return 0
         settings = split(args.settings) or (SMOKE_SETTINGS if args.smoke else SETTINGS)
         chosen = entries(settings, split(args.runs))
@@ -75,14 +75,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of every run and of the evaluation")
     parser.add_argument("--retry", action="store_true", help="run again what failed or had other options")
     parser.add_argument("--smoke", action="store_true", help="only prove that every program runs")
-    parser.add_argument("--speed", type=int, default=0, metavar="ROUNDS", help="equal steps, so many times in turn")
+    parser.add_argument("--speed", type=int, metavar="ROUNDS", help="equal steps, so many times in turn")
     parser.add_argument("--blocks", type=int, default=4, help="of the model of --speed, of its 30")
     parser.add_argument("--table", action="store_true", help="print the results as Markdown and run nothing")
     args = parser.parse_args(argv)
     if args.threads < 1:
         parser.error("give at least one thread")
-    if args.speed < 0 or not 1 <= args.blocks <= 30:
-        parser.error("give --speed a number of rounds, and --blocks one from 1 to 30")
+    if args.speed is not None and (args.speed < 1 or args.settings or args.runs or args.retry or args.smoke):
+        parser.error("--speed takes a number of rounds, and of the other options --blocks and --threads alone")
+    if not 1 <= args.blocks <= 30:
+        parser.error("give --blocks a number from 1 to 30")
     return args
 
 

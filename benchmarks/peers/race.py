@@ -104,12 +104,12 @@ class Track:
             **judged,
         }
 
-    def usage(self, entry: Entry) -> Usage:
-        """Run one entry from its start, and say what that took; nothing is judged or kept."""
+    def took(self, entry: Entry) -> dict[str, Any]:
+        """Run one entry from its start, and say what that took and with what; nothing is judged or kept."""
         assert entry.run is not None
-        found, _ = self._solve(entry.run, self._folder(entry), self._job(entry, entry.run), anew=True)
+        usage, answer = self._solve(entry.run, self._folder(entry), self._job(entry, entry.run), anew=True)
         self.clear(entry)
-        return found
+        return {**asdict(usage), **answer}
 
     def clear(self, entry: Entry) -> None:
         """Delete what the run of an entry wrote."""

@@ -6,14 +6,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks.common import Cells
-from benchmarks.peers.child import Usage
+from benchmarks.peers.__main__ import parse
+from benchmarks.peers.child import BrokenRunError
 from benchmarks.peers.material import first_blocks
 from benchmarks.peers.runs import Entry
-from benchmarks.peers.speed import PAIR, speed, summary
+from benchmarks.peers.speed import OURS, THEIRS, speed, summary
 from tests.tiny import tiny_folder
 
 
@@ -27,20 +29,32 @@ def test_the_first_blocks_are_a_model(tmp_path: Path) -> None:
         assert torch.equal(cut(tokens_BT, use_cache=False).logits, whole(tokens_BT, use_cache=False).logits)
 
 
-def test_both_run_in_turn_and_what_is_there_stays(tmp_path: Path) -> None:
+def test_both_run_in_turn_and_whole_rounds_stay(tmp_path: Path) -> None:
     ran: list[str] = []
 
-    def usage(entry: Entry) -> Usage:
+    def took(entry: Entry) -> dict[str, Any]:
         ran.append(entry.name)
-        seconds = 60.0 if PAIR[0] in entry.name.split("/") else 120.0
-        return Usage(wall_seconds=seconds, cpu_seconds=2 * seconds, peak_memory_mb=1000)
+        if len(ran) == 4:
+            raise BrokenRunError("killed")
+        seconds = 60.0 if entry.name.endswith(f"-{OURS}") else 120.0
+        return {"wall_seconds": seconds, "cpu_seconds": 2 * seconds, "peak_memory_mb": 1000}
 
-    track = cast(Any, SimpleNamespace(terms=SimpleNamespace(blocks=2), usage=usage))
+    track = cast(Any, SimpleNamespace(terms=SimpleNamespace(blocks=2, threads=1), took=took))
     results = Cells(tmp_path / "speed.json")
-    speed(results, track, 1)
+    with pytest.raises(BrokenRunError):
+        speed(results, track, 2)
     speed(results, track, 2)
-    assert ran == [f"2-blocks/{name}/{number}" for number in range(2) for name in PAIR]
-    said = summary(results.cells, 2).splitlines()
-    took = "1.0 and 2.0 minutes, 1.00 and 1.00 GB; 0.50 of its time, 0.50 of its CPU time"
-    assert said == [f"autoround and auto-round, 2 blocks: {took}"] * 2
-    assert summary(results.cells, 3) == ""
+    order = [OURS, THEIRS, THEIRS, OURS, THEIRS, OURS]
+    assert ran == [f"2-blocks-1-threads-{name}" for name in order], "a round is run again as a whole"
+    took_both = "1.0 and 2.0 minutes, 1.00 and 1.00 GB; 0.50 of its time, 0.50 of its CPU time"
+    said = summary(results.cells, track).splitlines()
+    assert said == [f"autoround and auto-round, 2-blocks-1-threads/{number}: {took_both}" for number in range(2)]
+    track.terms.threads = 2
+    assert summary(results.cells, track) == ""
+
+
+@pytest.mark.parametrize("line", ["--speed 0", "--speed 1 --smoke", "--speed 2 --runs hqq", "--speed 1 --blocks 31"])
+def test_what_speed_does_not_take(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(line.split())
+    assert "--speed takes" in (said := capsys.readouterr().err) or "--blocks" in said

@@ -14,6 +14,7 @@ from makeweight.calib import written
 from makeweight.calib.written import writing_bytes, written_tokens
 from makeweight.models.attention import speed_up
 from makeweight.models.load import open_checkpoint
+from makeweight.numerics import precision
 from tests.tiny import FAMILIES, tiny_folder
 
 CPU = torch.device("cpu")
@@ -68,8 +69,12 @@ def test_long_samples_are_made_of_pieces(tmp_path: Path, monkeypatch: pytest.Mon
     pieces = written_tokens(ckpt, given(), 3, device=CPU, seed=0, tick=lambda *at: ticks.append(at))
     assert pieces.shape == (3, 20)
     assert ticks == [(1, 4), (2, 4), (3, 4), (4, 4)]  # eight pieces, of which each half is written in twos
-    weights = sum(p.numel() for p in AutoModelForCausalLM.from_config(ckpt.config).model.layers.parameters())
-    assert writing_bytes(ckpt, 20, CPU) > 2 * weights
+    weights = sum(p.numel() for p in AutoModelForCausalLM.from_config(ckpt.config).parameters())
+    narrow, wide = [], []
+    for units, found in ((True, narrow), (False, wide)):
+        monkeypatch.setattr(precision, "_multiplies", lambda *_, units=units: units)
+        found.append(writing_bytes(ckpt, 20, CPU))
+    assert narrow[0] > 2 * weights and wide[0] - narrow[0] > 2 * weights
 
 
 @pytest.mark.parametrize(("tokens", "count"), [(20, 1), (4, 3), (2, 1)])

@@ -11,6 +11,7 @@ import torch
 from makeweight.job import Job
 from makeweight.numerics import precision
 from makeweight.numerics.precision import fast_dtype, named_dtype
+from makeweight.pipeline import preflight
 from tests.runs import small
 
 CPU = torch.device("cpu")
@@ -41,11 +42,31 @@ def test_only_narrow_ones_change(units: bool, monkeypatch: pytest.MonkeyPatch) -
 
 def test_emulation_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """AVX-512 without units for bfloat16 is enough for the library to take its products."""
+    has_units = "_is_avx512_bf16_supported"
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
-    monkeypatch.setattr(torch.cpu, "_is_avx2_supported", lambda: True)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True, raising=False)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     for units, found in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda units=units: units)
+        monkeypatch.setattr(torch.cpu, has_units, lambda units=units: units, raising=False)
         assert named_dtype("auto", CPU) is found
+    for units, found in ((True, torch.float16), (False, torch.float32)):
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda units=units: units, raising=False)
+        assert fast_dtype(torch.float16, CPU) is found
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "SVE256")
+    assert named_dtype("auto", CPU) is torch.bfloat16, "of other processors the library knows"
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.delattr(torch.cpu, has_units)
+    assert named_dtype("auto", CPU) is torch.bfloat16, "an older torch cannot be asked"
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert named_dtype("auto", CPU) is torch.float32
+
+
+@pytest.mark.usefixtures("known_rate")
+def test_emulation_that_was_asked_for_is_named(
+    llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "_multiplies", lambda *_: False)
+    recipe = small(llama, tmp_path / "out", text)
+    assert "emulates" not in preflight(recipe)
+    asked = replace(recipe, tune=replace(recipe.tune, dtype="bfloat16"))
+    assert preflight(asked).endswith("only emulates bfloat16: tune.dtype=auto is many times faster.")
