@@ -74,9 +74,8 @@ def judge(request: dict[str, Any]) -> dict[str, Any]:
     else:
         found = texts.results(*texts.read(texts.open(str(folder))))
     count = len(request["texts"])
-    rate = matmul_rate(
-        rows=4096, size=576, dtype=named_dtype("auto", "cpu")
-    )  # of the machine, as in benchmarks/step.py
+    # Of the machine, as in benchmarks/step.py.
+    rate = matmul_rate(rows=4096, size=576, dtype=named_dtype("auto", "cpu"))
     return {**answer, **_scores(found[:count]), "later": _scores(found[count:]), "rate_gflops": round(rate / 1e9)}
 
 
