@@ -19,25 +19,33 @@ from makeweight.calib.data import calibration_tokens
 from makeweight.export.folder import copy_files
 from makeweight.models.gguf import demo_model, to_folder
 from makeweight.models.load import open_checkpoint
+from makeweight.numerics.precision import fast_dtype, name_of
 
 
 def prepare(request: dict[str, Any]) -> dict[str, str]:
     """Write the token ids, int64 [N, T] under "tokens", drawn as `quantize` draws them from the same text.
 
-    Returns the model's folder, of its first "blocks" where so many are asked for, and a digest of the ids.
+    Returns the model's folder, of its first "blocks" where so many are asked for, a digest of the ids, and the dtype
+    for programs that leave it to their users: "auto", the model's own, where this processor has units for it.
     """
     folder = to_folder(demo_model())
     if (blocks := request.get("blocks")) is not None:
         folder = first_blocks(folder, blocks, Path(request["tokens"]).parent / f"first-{blocks}")
+    ckpt = open_checkpoint(folder)
     tokens_NT = calibration_tokens(
-        open_checkpoint(folder).tokenizer(),
+        ckpt.tokenizer(),
         request["text"],
         nsamples=request["nsamples"],
         seqlen=request["seqlen"],
         seed=request["seed"],
     )
     save_file({"tokens": tokens_NT}, request["tokens"])
-    return {"model": str(folder), "digest": hashlib.sha256(tokens_NT.numpy().tobytes()).hexdigest()[:16]}
+    computed = fast_dtype(ckpt.dtype, "cpu")
+    return {
+        "model": str(folder),
+        "digest": hashlib.sha256(tokens_NT.numpy().tobytes()).hexdigest()[:16],
+        "dtype": "auto" if computed == ckpt.dtype else name_of(computed),
+    }
 
 
 def first_blocks(folder: Path, count: int, out: Path) -> Path:

@@ -126,6 +126,7 @@ class Track:
             "bits": scheme.bits,
             "group_size": scheme.group_size,
             "model": self.material["model"],
+            "dtype": self.material["dtype"],
             "out": str(self._folder(entry)),
             "options": chosen.shortened() if self.terms.short else dict(chosen.options),
         }

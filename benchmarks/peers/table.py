@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.common import table
-from benchmarks.peers.programs import NOT_RUN
 from benchmarks.peers.runs import ORIGINAL, RUNS, SETTINGS
 
 DOMAINS = {"wikitext2": "WikiText-2", "enwiki": "enwiki"}
@@ -96,7 +95,6 @@ def _notes(cells: Mapping[str, Mapping[str, Any]], order: Sequence[str]) -> str:
         if (runs := _slower(setting, cells))
     ]
     lines += _remarks(cells, order)
-    lines += [f"- Not run: {name}; {reason}." for name, reason in NOT_RUN.items()]
     lines += [f"- Not run yet at {setting}: {', '.join(names)}." for setting, names in _missing(cells).items()]
     return "\n".join(lines)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -10,11 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from benchmarks.common import ROOT, Cells, second_half
 from benchmarks.peers import child
 from benchmarks.peers.child import BrokenRunError
 from benchmarks.peers.judge import check_grid, most_values
+from benchmarks.peers.programs import RUNNERS
 from benchmarks.peers.race import is_left, race
 from benchmarks.peers.runs import ORIGINAL, OURS, RUNS, THEIRS, Entry, Run, entries
 from benchmarks.peers.table import markdown
@@ -57,7 +60,7 @@ def test_every_run_ends_after_two_steps_when_shortened() -> None:
         short = run.shortened()
         steps = {short.get("iters"), short.get("tune", {}).get("steps")} - {None}
         assert steps <= {2}, name
-        assert steps or run.program in ("hqq", "llm-compressor"), name
+        assert steps or run.program in ("hqq", "llm-compressor", "gptqmodel"), name
 
 
 def test_what_is_there_is_not_run_again(tmp_path: Path) -> None:
@@ -139,6 +142,21 @@ def test_a_folder_is_held_to_the_grid(tmp_path: Path) -> None:
         check_grid(original, original, bits=3, group_size=32)
 
 
+def test_weights_are_handed_over_in_the_dtypes_of_the_original(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(RUNNERS))
+    handover = importlib.import_module("handover")
+    (tmp_path / "model").mkdir()
+    save_file({"weight": torch.zeros(2, 3, dtype=torch.bfloat16)}, tmp_path / "model" / "model.safetensors")
+    job = {"model": str(tmp_path / "model"), "out": str(tmp_path), "dtype": "float32"}
+    model = torch.nn.Linear(3, 2, dtype=handover.dtype(job))  # its bias is none of the original's
+    handover.save(model, job)
+    written = load_file(tmp_path / "dense" / "model.safetensors")
+    assert written.keys() == {"weight"} and torch.equal(written["weight"], model.weight.bfloat16())
+    assert handover.dtype({**job, "dtype": "auto"}) == "auto"
+
+
 def test_the_second_half_of_a_text_begins_with_a_line(tmp_path: Path) -> None:
     text = tmp_path / "enwiki" / "validation.txt"
     text.parent.mkdir()
@@ -180,7 +198,6 @@ def test_table() -> None:
     assert lines[5] == "| `hqq` | hqq 1.2 | 40.00 | 15.00 | 0.693 | 0.000 | - | - | 1.5 | 2.5 | 1.2 |"
     assert len({line.count("|") for line in lines[:6]}) == 1
     assert "128 x 512 tokens; threads: 2" in markdown(cells)
-    assert "Not run: GPTQModel" in markdown(cells)
     (missing,) = (line for line in markdown(cells).splitlines() if line.startswith("- Not run yet at W2A16g64: "))
     assert "`auto-round-best`" in missing and "`lwc+sde+cl`" in missing and "`lwc`," not in missing
     assert all("auto-round-best" not in line for line in markdown(cells).splitlines() if "yet at W4A16" in line)

@@ -19,13 +19,21 @@ def read_job() -> dict[str, Any]:
     return json.loads(Path(sys.argv[1]).read_text())
 
 
+def dtype(job: dict[str, Any]) -> torch.dtype | str:
+    """Return the dtype in which to load the model: its own, or float32 where the processor has no units for that."""
+    return "auto" if job["dtype"] == "auto" else getattr(torch, job["dtype"])
+
+
 def save(model: nn.Module, job: dict[str, Any]) -> None:
-    """Write OUT/dense with the tensors that the original has; config and tokenizer are added by who asked."""
+    """Write OUT/dense with the tensors that the original has, in its dtypes; who asked adds config and tokenizer."""
     state, folder = model.state_dict(), Path(job["out"]) / "dense"
-    files = Path(job["model"]).glob("*.safetensors")
-    names = [name for file in files for name in safe_open(file, "pt").keys()]  # noqa: SIM118 - it is no mapping
+    tensors = {}
+    for file in Path(job["model"]).glob("*.safetensors"):
+        with safe_open(file, "pt") as original:
+            for name in original.keys():  # noqa: SIM118 - it is no mapping
+                tensors[name] = state[name].to(original.get_tensor(name).dtype).contiguous()
     folder.mkdir(parents=True)
-    save_file({name: state[name].contiguous() for name in names}, folder / "model.safetensors", {"format": "pt"})
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
 def answer(job: dict[str, Any], *packages: str, **more: Any) -> None:

@@ -50,7 +50,7 @@ def quantize(job: dict[str, Any]) -> None:
     tokens_NT = load_file(job["tokens"])["tokens"]
     samples, length = tokens_NT.shape
     columns = {"input_ids": tokens_NT.tolist(), "attention_mask": torch.ones_like(tokens_NT).tolist()}
-    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype="auto")
+    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=handover.dtype(job))
     oneshot(
         model=model,
         tokenizer=AutoTokenizer.from_pretrained(job["model"]),
