@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from makeweight.errors import UserError
-from makeweight.options import evaluated, evaluation, parse_option, parse_rate, rates
+from makeweight.options import evaluated, evaluation, parse_option, parse_rate, rates, remark
 from makeweight.recipe import Eval, Recipe, Tune
 
 
@@ -54,3 +54,12 @@ def test_a_rate_that_is_set_takes_the_place_of_a_saved_one() -> None:
     assert rates(saved, ["lwc=5e-2"], ["sde.rate=3e-3"]) == {"lwc": 5e-2}
     with pytest.raises(UserError, match=r"--lr sde and --set sde\.rate say the same thing"):
         rates(saved, ["sde=2e-3"], ["sde.rate=3e-3"])
+
+
+def test_no_steps_are_remarked_where_they_would_have_learned(capsys: pytest.CaptureFixture[str]) -> None:
+    idle = Recipe(model="m", out="o", method="lwc", tune=Tune(steps=0))
+    remark(idle)
+    assert capsys.readouterr().err == "With --steps 0 no block learns anything.\n"
+    for quiet in (replace(idle, tune=Tune(steps=1)), Recipe(model="m", out="o", method="gptq")):
+        remark(quiet)
+        assert capsys.readouterr().err == ""

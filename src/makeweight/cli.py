@@ -123,7 +123,7 @@ def quantize(
     no_eval: Annotated[bool, typer.Option("--no-eval", help="Do not evaluate.")] = False,
     eval_windows: Annotated[int | None, typer.Option(help="Evaluate on the first windows only.")] = None,
     eval_seqlen: Annotated[int | None, typer.Option(help="Tokens per window of evaluation [2048].")] = None,
-    out: Annotated[str | None, typer.Option("--out", "--output-dir", help="Folder to write.")] = None,
+    out: Annotated[str | None, typer.Option("--out", "--output-dir", help="Folder to write [MODEL-SCHEME].")] = None,
     formats: Formats = None,
     seed: Annotated[int | None, typer.Option(help="Of sampling and training [0].")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda [auto].")] = None,

@@ -52,11 +52,13 @@ def changed(base: T, **changes: Any) -> T:
 
 
 def remark(recipe: Recipe) -> None:
-    """Print which options change nothing in what a recipe runs, and which of its figures flatter."""
-    from makeweight.plan import seen, unused
+    """Print which options change nothing in what a recipe runs, what learns nothing, and which figures flatter."""
+    from makeweight.plan import compose, seen, unused
 
     if found := unused(recipe):
         print(f"Not used by this run of {recipe.method}: {', '.join(found)}.", file=sys.stderr)
+    if not recipe.tune.steps and compose(recipe.method).learns:
+        print("With --steps 0 no block learns anything.", file=sys.stderr)
     if known := seen(recipe):
         print(f"Measured on {' and '.join(known)}, which it is calibrated on: others lose more.", file=sys.stderr)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Iterator
@@ -55,6 +56,18 @@ def test_every_format_that_says_yes_writes_and_reads_back(solved: Path, tmp_path
             with pytest.raises(UserError, match="cannot hold"):
                 export_model(solved, [answer.format], out=tmp_path)
             assert not (tmp_path / answer.format).exists()
+
+
+def test_a_full_disk_is_named_by_the_folder_and_leaves_nothing(
+    solved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")  # of a write, which knows no name
+
+    monkeypatch.setattr(Dense, "write", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        export_model(solved, ["dense"], out=tmp_path)
+    assert caught.value.filename == str(tmp_path / "dense") and not list(tmp_path.iterdir())
 
 
 def test_nothing_is_lost(solved: Path, tmp_path: Path) -> None:

@@ -151,8 +151,10 @@ def _export(form: Format, solved: Solved, target: Path) -> Exported:
         raise UserError(f"{target} cannot be made a folder ({error.strerror}): give another --out.") from error
     try:
         done = _filled(form, solved, part, target)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(part, ignore_errors=True)  # a disk that is full is not left full
+        if isinstance(error, OSError) and error.filename is None:  # as writing to a full disk raises it
+            raise OSError(error.errno, error.strerror or str(error), str(target)) from error
         raise
     if target.exists():  # of the same run, and damaged or out of date
         target.replace(old)
