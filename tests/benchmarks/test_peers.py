@@ -142,9 +142,7 @@ def test_a_folder_is_held_to_the_grid(tmp_path: Path) -> None:
         check_grid(original, original, bits=3, group_size=32)
 
 
-def test_weights_are_handed_over_in_the_dtypes_of_the_original(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weights_are_handed_over_in_the_dtypes_of_the_original(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(RUNNERS))
     handover = importlib.import_module("handover")
     (tmp_path / "model").mkdir()
