@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -197,6 +198,10 @@ def test_preflight_writes_nothing(llama: Path, tmp_path: Path, text: Path, monke
     said = preflight(small(llama, tmp_path / "out", text, scheme=Scheme.parse("W4A16")))
     start = "Weights of 4 bits, one scale per channel, asymmetric. Solving 3 blocks will take "
     assert said.startswith(start) and "GB of memory" in said and "This machine" not in said
+    for load, says in ((0.0, False), (10.0 * (os.cpu_count() or 1), True)):
+        monkeypatch.setattr(os, "getloadavg", lambda load=load: (load, 0.0, 0.0))
+        said = preflight(small(llama, tmp_path / "out", text))
+        assert ("Other programs are at work here" in said) is says
     monkeypatch.setattr("makeweight.job.machine_memory", lambda: 10**8)
     said = preflight(small(llama, tmp_path / "out", text))
     assert said.endswith("This machine has only 0.1 GB of memory: fewer or shorter samples (--nsamples, --seqlen) "

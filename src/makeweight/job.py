@@ -24,6 +24,7 @@ from makeweight.export.run import target_of
 from makeweight.methods.base import Context
 from makeweight.models.checkpoint import Checkpoint
 from makeweight.models.load import open_checkpoint
+from makeweight.numerics.flops import crowded
 from makeweight.numerics.grid import scale_dtype_of
 from makeweight.numerics.memory import machine_memory
 from makeweight.numerics.precision import fast_dtype, name_of, named_dtype
@@ -105,6 +106,8 @@ class Job:
     def outlook(self) -> str:
         """Say what weights become and what that takes, and where it is more than this machine has."""
         said = f"Weights of {self.recipe.scheme.words()}. {self.estimate.sentence()}"
+        if self.device.type == "cpu" and crowded():
+            said += " Other programs are at work here: alone it takes less time."
         if fast_dtype(self.dtype, self.device) != self.dtype:
             said += f" This device only emulates {self.recipe.tune.dtype}: tune.dtype=auto is many times faster."
         there = machine_memory() if self.device.type == "cpu" else None

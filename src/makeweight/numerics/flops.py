@@ -5,6 +5,7 @@ A multiply-add counts as two operations. P weights of a block, T tokens, D hidde
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable
 
@@ -12,6 +13,9 @@ import torch
 
 from makeweight.numerics.grid import clipped_grid
 from makeweight.numerics.scheme import Scheme
+
+CROWDED = 1.25
+"""Processes at work for each processor beyond which a measured rate says little of this machine alone."""
 
 
 def block_flops(shapes: Iterable[tuple[int, int]], hidden: int, batch: int, seqlen: int) -> float:
@@ -89,6 +93,14 @@ def step_rate(
 
     # On a busy machine a step that waits for its threads takes many times as long as the next one.
     return 6.0 * rows * columns * tokens / _best(step, 1, seconds, torch.device(device), least=10)
+
+
+def crowded() -> bool:
+    """Say whether other processes kept the processors busy in the last minute; False where the system does not tell."""
+    try:
+        return os.getloadavg()[0] > CROWDED * (os.cpu_count() or 1)
+    except (AttributeError, OSError):  # Windows has no such number
+        return False
 
 
 def _best(work: Callable[[], object], times: int, seconds: float, device: torch.device, *, least: int = 1) -> float:
