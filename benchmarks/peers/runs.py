@@ -58,7 +58,9 @@ class Run:
 THEIRS: dict[str, Run] = {
     "auto-round": Run(program="auto-round", options={"iters": 200}, note="its default: 200 steps of 8 samples"),
     "llm-compressor-gptq": Run(program="llm-compressor", options={"method": "gptq"}),
-    "gptqmodel": Run(program="gptqmodel"),
+    "gptqmodel": Run(
+        program="gptqmodel", note="its GPTQ by default; the last release that runs on the torch of all others"
+    ),
     "auto-round-light": Run(
         program="auto-round", options={"iters": 50, "lr": 5e-3}, note="its recipe `light`: 50 steps, rate 0.005"
     ),

@@ -22,4 +22,5 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 def out_of_memory(error: Exception) -> bool:
     """Whether memory ran out, the GPU's or the system's: torch tells the latter by its text alone."""
-    return isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error)
+    said = ("out of memory", "can't allocate memory", "ALLOC_FAILED")  # the last by the GPU's own libraries
+    return isinstance(error, MemoryError) or any(words in str(error) for words in said)

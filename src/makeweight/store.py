@@ -35,7 +35,8 @@ class Store:
 
     def commit(self, index: int, committed: Committed) -> None:
         """Write a block's shard, once what is read back from it decodes to what was solved."""
-        names, tensors, codes = self.ckpt.block_names(index), self._original(index), committed.codes
+        names, tensors, cpu = self.ckpt.block_names(index), self._original(index), torch.device("cpu")
+        codes = {name: tensor.to(cpu) for name, tensor in committed.codes.items()}  # packing is no work for a GPU
         stored_as = {name: compressed_tensors.widened(tensor, self.ckpt.dtype) for name, tensor in codes.items()}
         tensors |= {names[name]: tensor.cpu() for name, tensor in committed.rest.items()}
         for name, tensor in stored_as.items():
@@ -46,7 +47,7 @@ class Store:
         def verify(written: Mapping[str, Tensor]) -> None:
             for name, (linear, parts) in self._parts(index, written).items():
                 weight = packed.decode(parts, (self.scheme.bits,), linear).to(self.dtype)
-                if not torch.equal(weight, codes[name].dequantize(self.dtype).cpu()):
+                if not torch.equal(weight, codes[name].dequantize(self.dtype)):
                     raise RuntimeError(f"{name} of block {index} reads back differently in {self.folder.path}")
 
         digest = {name: tensor.digest() for name, tensor in codes.items()}

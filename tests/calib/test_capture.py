@@ -29,6 +29,7 @@ from makeweight.calib.capture import (
     _same,  # pyright: ignore[reportPrivateUsage]
     capture,
     check_replay,
+    find_device,
     finish,
     for_batch,
     hidden_of,
@@ -264,3 +265,20 @@ def test_models_that_are_no_chain_of_blocks_are_refused(odd: dict[str, Any], why
     check_replay(Odd(), "layers")
     with pytest.raises(UserError, match=why):
         check_replay(Odd(**odd), "layers")
+
+
+def test_a_gpu_that_cannot_compute_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = torch.ones
+
+    def ones(*size: int, device: str) -> Tensor:
+        if device == "cuda":
+            raise RuntimeError("no kernel image is available for execution on the device")
+        return real(*size, device=device)
+
+    monkeypatch.setattr(torch, "ones", ones)
+    assert find_device("cpu") == torch.device("cpu")
+    with pytest.raises(UserError, match="device 'cuda' cannot be used here"):
+        find_device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(UserError, match="device 'cuda' is there and fails: give cpu"):
+        find_device("auto")

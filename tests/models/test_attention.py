@@ -96,6 +96,22 @@ def test_what_is_not_plainly_causal_is_left_to_transformers(case: str, monkeypat
     assert torch.equal(ours, theirs)
 
 
+def test_elsewhere_than_on_a_processor_slopes_are_added_up_in_one_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    allowed: list[tuple[bool, ...]] = []
+
+    def answer(*_: Any, **__: Any) -> tuple[Tensor, None]:
+        cuda = torch.backends.cuda
+        allowed.append((cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.cudnn_sdp_enabled()))
+        return torch.empty(0), None
+
+    monkeypatch.setattr("transformers.integrations.sdpa_attention.sdpa_attention_forward", answer)
+    query, key, value = (tensor.to("meta") for tensor in _inputs())
+    _attention(_Layer(), query, key, value, None)
+    with torch.no_grad():
+        _attention(_Layer(), query, key, value, None)
+    assert allowed == [(False,) * 3, (True,) * 3]
+
+
 def test_a_soft_cap_is_refused_as_transformers_refuses_it() -> None:
     with pytest.raises(ValueError, match="softcap"):
         _attention(_Layer(), *_inputs(), None, softcap=30.0)

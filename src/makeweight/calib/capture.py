@@ -158,16 +158,17 @@ def place(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
 
 
 def find_device(name: str) -> torch.device:
-    """Return the device a name stands for; "auto" prefers CUDA. Raises UserError for one that is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """Return the device a name stands for; "auto" prefers CUDA. Raises UserError for one that does not compute."""
+    wanted = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     try:
-        device = torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError):
-        device = None
-    if device is None or device.type == "meta":  # which holds no numbers
-        raise UserError(f"device {name!r} cannot be used here: give auto, cpu, or a device that torch finds.")
-    return device
+        one = torch.ones(1, device=wanted)
+        if one.add(1).item() == 2:  # GPUs that this torch was not built for are there, and fail at this
+            return one.device
+    except (RuntimeError, AssertionError, NotImplementedError):
+        pass
+    if name == "auto":
+        raise UserError(f"device {wanted!r} is there and fails: give cpu, or install a torch that was built for it.")
+    raise UserError(f"device {name!r} cannot be used here: give auto, cpu, or a device that torch finds.")
 
 
 def _dry_run(model: nn.Module, blocks_path: str, probe_1T: Tensor, dtype: torch.dtype) -> tuple[dict[str, Any], ...]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from makeweight.numerics.attention import causal_attention, last_token_attention
 
@@ -59,4 +60,7 @@ def _attention(
         scale = named.get("scaling")
         scale = query_BHTD.shape[-1] ** -0.5 if scale is None else scale
         return answer(query_BHTD, key_BKTD, value_BKTE, scale).transpose(1, 2).contiguous(), None
+    if query_BHTD.device.type != "cpu" and torch.is_grad_enabled():
+        with sdpa_kernel(SDPBackend.MATH):  # others add up slopes in any order, and no run would end as another did
+            return sdpa_attention_forward(module, query_BHTD, key_BKTD, value_BKTE, attention_mask, **named)
     return sdpa_attention_forward(module, query_BHTD, key_BKTD, value_BKTE, attention_mask, **named)

@@ -71,7 +71,7 @@ def feedback_codes(
     fixed = [ranges(part_OS, g) for g, part_OS in enumerate(weight_OI.split(group, 1))] if act_order else []
     weight_OI = weight_OI[:, order_I]
     upper_II, damp = feedback_factor(hessian_II[order_I][:, order_I], damp)
-    codes_OI = torch.empty_like(weight_OI)
+    codes_OI, group_of = torch.empty_like(weight_OI), (order_I // group).tolist()
     groups: list[tuple[Tensor, Tensor]] = fixed
     size = _chunk(group)
     for start in range(0, width, size):
@@ -82,7 +82,7 @@ def feedback_codes(
             if not act_order and column % group == 0:
                 live_OS = part_OC[:, j : j + group] if group <= end - start else weight_OI[:, column : column + group]
                 groups.append(ranges(live_OS, column // group))
-            scale_O, zero_O = groups[int(order_I[column]) // group]
+            scale_O, zero_O = groups[group_of[column]]
             code_O = to_codes(part_OC[:, j, None, None], scale_O[:, None], zero_O[:, None], scheme)[:, 0, 0]
             codes_OI[:, column] = code_O
             errors_OC[:, j] = (part_OC[:, j] - (code_O - zero_O) * scale_O) / upper_II[column, column]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from makeweight.errors import out_of_memory
+
 LinAlgError = torch.linalg.LinAlgError  # pyright: ignore[reportPrivateImportUsage]
 
 
@@ -20,7 +22,10 @@ def thin_svd(matrix_OI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     for candidate_OI, driver in attempts:
         try:
             u_OR, sigma_R, vt_RI = torch.linalg.svd(candidate_OI, full_matrices=False, driver=driver)
-        except LinAlgError:
+        except RuntimeError as error:
+            # A driver that a build of torch lacks raises a plain one.
+            if out_of_memory(error) or not (driver or isinstance(error, LinAlgError)):
+                raise
             continue
         return u_OR.to(work_OI), sigma_R.to(work_OI), vt_RI.T.contiguous().to(work_OI)
     raise LinAlgError(f"no driver decomposed a {tuple(matrix_OI.shape)} matrix")

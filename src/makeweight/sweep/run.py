@@ -65,6 +65,7 @@ class Sweep:
         tune = solver.tune
         captured = capture(self.skeleton, ckpt.spec.blocks, tokens_NT, dtype=solver.context.dtype)
         self.kwargs = captured.kwargs
+        place(self.skeleton, torch.device("cpu"), ckpt.dtype)  # a GPU's memory is for blocks
         self.stream = Stream(captured.hidden_NTD, batch_size=tune.batch_size, device=device)
         self.loaded: dict[int, Block] = {}
 
