@@ -6,6 +6,7 @@ import math
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 from makeweight.errors import UserError
 from makeweight.estimate import memory, run, work
 from makeweight.estimate.run import Estimate, estimate
+from makeweight.job import Job
 from makeweight.models.checkpoint import Checkpoint
 from makeweight.models.load import open_checkpoint
 from makeweight.numerics import attention
@@ -89,6 +91,28 @@ def test_text_of_the_models_own_and_curvature_are_counted(
     as_many = of(replace(recipe, calib=replace(recipe.calib, nsamples=128)), ckpt, method="autoround")
     assert writes.seconds > as_many.seconds > plain.seconds
     assert writes.memory_bytes > as_many.memory_bytes  # the cache of 128 pieces is larger than anything here
+
+
+def test_a_gpu_holds_no_samples_but_the_codes_of_the_whole_network(recipe: Recipe, ckpt: Checkpoint) -> None:
+    def held(method: str, nsamples: int, blocks: int = 3) -> float:
+        asked = replace(recipe, calib=replace(recipe.calib, nsamples=nsamples))
+        shapes = {index: list(ckpt.linear_shapes(index).values()) for index in range(ckpt.n_blocks)}
+        return memory.gpu_bytes(compose(method), asked, ckpt, shapes, range(blocks), torch.device("cpu"))
+
+    assert held("rtn", 64) == 0
+    assert held("lwc+cl", 64) == held("lwc+cl", 640) > held("lwc", 64) > 0
+    assert held("lwc+e2e", 64) == held("lwc+e2e", 640) < of(recipe, ckpt, method="lwc+e2e").memory_bytes
+
+
+def test_a_gpu_with_too_little_memory_is_named(
+    llama: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = Job.prepare(small(llama, tmp_path / "out", text))
+    on_gpu = replace(job, device=torch.device("cuda"), estimate=replace(job.estimate, gpu_bytes=9e9))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    for there, says in ((8e9, True), (1e10, False)):
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, t=there: SimpleNamespace(total_memory=t))
+        assert ("Its GPU has only 8.0 GB of memory" in on_gpu.outlook()) is says
 
 
 def test_probabilities_that_attention_keeps_are_counted(

@@ -110,13 +110,21 @@ class Job:
             said += " Other programs are at work here: alone it takes less time."
         if fast_dtype(self.dtype, self.device) != self.dtype:
             said += f" This device only emulates {self.recipe.tune.dtype}: tune.dtype=auto is many times faster."
-        there = machine_memory() if self.device.type == "cpu" else None
-        if there is None or self.estimate.memory_bytes <= there:
-            return said
-        return (
-            f"{said} This machine has only {there / 1e9:.1f} GB of memory: fewer or shorter samples (--nsamples, "
-            "--seqlen) take less."
-        )
+        return said + self._too_little_memory()
+
+    def _too_little_memory(self) -> str:
+        """Say where a run takes more than this machine has, or learning more than its GPU."""
+        if self.device.type == "cpu":
+            there, wanted = machine_memory(), self.estimate.memory_bytes
+            words, less = "This machine has only", "fewer or shorter samples (--nsamples, --seqlen) take"
+        elif self.device.type == "cuda":
+            there, wanted = torch.cuda.get_device_properties(self.device).total_memory, self.estimate.gpu_bytes
+            words, less = "Its GPU has only", "a smaller --batch-size, or a method without e2e, takes"
+        else:
+            return ""
+        if there is None or wanted <= there:
+            return ""
+        return f" {words} {there / 1e9:.1f} GB of memory: {less} less."
 
     def facts(self) -> Facts:
         """Return what formats ask, as far as it is known before anything is solved."""

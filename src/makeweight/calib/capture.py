@@ -164,7 +164,7 @@ def find_device(name: str) -> torch.device:
         one = torch.ones(1, device=wanted)
         if one.add(1).item() == 2:  # GPUs that this torch was not built for are there, and fail at this
             return one.device
-    except (RuntimeError, AssertionError, NotImplementedError):
+    except (RuntimeError, AssertionError):
         pass
     if name == "auto":
         raise UserError(f"device {wanted!r} is there and fails: give cpu, or install a torch that was built for it.")

@@ -43,13 +43,49 @@ def peak_bytes(
         if recipe.calib.written:
             parts.append(BASE_BYTES + writing_bytes(ckpt, recipe.calib.seqlen, device))
         if plan.finetune is not None:
-            wider = max(1.0, size / ckpt.dtype.itemsize)  # the head computes in the dtype of learning
-            parts.append(
-                BASE_BYTES + wider * _resident(ckpt) + _finetuning(plan.finetune, recipe, ckpt, shapes, blocks, size)
-            )
+            whole = _finetuning(plan.finetune, recipe, ckpt, shapes, blocks, size)
+            parts.append(BASE_BYTES + _wider(ckpt, size) * _resident(ckpt) + whole)
     if windows:
         parts.append(BASE_BYTES + _evaluating(recipe, ckpt, largest, windows, device))
     return max(parts)
+
+
+def gpu_bytes(
+    plan: Plan,
+    recipe: Recipe,
+    ckpt: Checkpoint,
+    shapes: dict[int, list[tuple[int, int]]],
+    blocks: range,
+    device: torch.device,
+) -> float:
+    """Return the most that a GPU holds of learning: hidden states of all samples, and Python, are elsewhere."""
+    if not plan.calibrates:
+        return 0.0
+    largest = max(shapes.values(), key=lambda found: sum(math.prod(shape) for shape in found))
+    size = named_dtype(recipe.tune.dtype, device).itemsize
+    stream = _stream(recipe, ckpt, size)
+    parts = [_resident(ckpt), _learning(plan, recipe, ckpt, largest, size) - _streams(plan) * stream]
+    if recipe.calib.written:
+        parts.append(writing_bytes(ckpt, recipe.calib.seqlen, device))
+    if plan.finetune is not None:
+        whole = _finetuning(plan.finetune, recipe, ckpt, shapes, blocks, size) - 2 * stream
+        parts.append(_wider(ckpt, size) * _resident(ckpt) + whole)
+    return max(parts)
+
+
+def _stream(recipe: Recipe, ckpt: Checkpoint, size: int) -> float:
+    """Return bytes of the hidden states of all samples in one place of the network."""
+    return recipe.calib.samples * recipe.calib.seqlen * ckpt.config.get_text_config().hidden_size * size
+
+
+def _streams(plan: Plan) -> int:
+    """Return in how many places of the network hidden states are held while a block learns."""
+    return 2 + len(plan.loss.weights()) + (plan.target is not None)
+
+
+def _wider(ckpt: Checkpoint, size: int) -> float:
+    """Return how much more the head takes where it computes in the dtype of learning."""
+    return max(1.0, size / ckpt.dtype.itemsize)
 
 
 def _resident(ckpt: Checkpoint) -> float:
@@ -64,17 +100,16 @@ def _learning(plan: Plan, recipe: Recipe, ckpt: Checkpoint, shapes: Sequence[tup
 
     `size` is bytes of a number of the forward pass.
     """
-    config, calib, tune = ckpt.config.get_text_config(), recipe.calib, recipe.tune
     weights = sum(math.prod(shape) for shape in shapes)
     ahead = len(plan.loss.weights()) - 1
-    streams = (3 + ahead + (plan.target is not None)) * calib.samples * calib.seqlen * config.hidden_size * size
+    streams = _streams(plan) * _stream(recipe, ckpt, size)
     factors = sum((rows + columns) * min(rows, columns) for rows, columns in shapes) * size
     chain = weights * (4 * 6 + plan.weight_bytes) + (0 if plan.band is None else factors)
     reads = any(step.reads_inputs for step in (*plan.exact, plan.grid))
     products = 4 * sum(columns**2 for _, columns in shapes) if reads else 0
     if plan.rounding is not None:
         products = max(products, 4 * 4 * max(columns for _, columns in shapes) ** 2)
-    activations = (1 + ahead) * _activations(ckpt, recipe, tune.batch_size, size)
+    activations = (1 + ahead) * _activations(ckpt, recipe, recipe.tune.batch_size, size)
     return streams + (1 + ahead) * weights * size + chain + products + activations
 
 
@@ -96,7 +131,7 @@ def _finetuning(
         weights = sum(math.prod(shape) for shape in found)
         group = recipe.scheme.group_size if recipe.scheme.group_size > 0 else found[0][1]
         memory += weights * (1 + 24 / group + step.weight_bytes) if index in blocks else size * weights
-    memory += 2 * calib.samples * calib.seqlen * config.hidden_size * size
+    memory += 2 * _stream(recipe, ckpt, size)
     states = step.batch_size * calib.seqlen * config.hidden_size * size
     if step.recompute:
         memory += len(shapes) * states + _activations(ckpt, recipe, step.batch_size, size)

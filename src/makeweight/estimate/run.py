@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from makeweight.errors import UserError
-from makeweight.estimate.memory import peak_bytes
+from makeweight.estimate.memory import gpu_bytes, peak_bytes
 from makeweight.estimate.work import evaluation_seconds, solving_seconds
 from makeweight.methods.base import FinetuneStep
 from makeweight.numerics.grid import scale_dtype_of
@@ -29,13 +29,14 @@ DENSE = "dense"
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """Seconds of solving and of evaluating, peak bytes of memory, bytes on disk."""
+    """Seconds of solving and of evaluating, peak bytes of memory and what of them a GPU holds, bytes on disk."""
 
     seconds: float
     memory_bytes: float
     disk_bytes: float
     blocks: int
     evaluate_seconds: float = 0.0
+    gpu_bytes: float = 0.0
 
     def sentence(self) -> str:
         """Say it in one line."""
@@ -85,6 +86,7 @@ def estimate(
         disk_bytes=disk,
         blocks=len(left),
         evaluate_seconds=evaluation_seconds(recipe, ckpt, shapes, windows, device) if windows else 0.0,
+        gpu_bytes=0.0 if device.type == "cpu" else gpu_bytes(plan, recipe, ckpt, shapes, blocks, device),
     )
 
 
