@@ -17,6 +17,7 @@ def known_rate(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(work, "matmul_rate", lambda device, **kind: 1e12)
     monkeypatch.setattr(work, "step_rate", lambda *work, **kind: 1e12)
+    monkeypatch.setattr(work, "elementwise_rate", lambda *work, **kind: 1e10)
 
 
 @pytest.fixture(scope="session")

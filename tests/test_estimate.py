@@ -39,6 +39,7 @@ def ckpt(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
     monkeypatch.setattr(work, "matmul_rate", lambda device, **kind: RATE)
     monkeypatch.setattr(work, "step_rate", lambda *work, **kind: RATE)
+    monkeypatch.setattr(work, "elementwise_rate", lambda *work, **kind: RATE)
     scheme, calib = Scheme(bits=3, group_size=32), Calib(dataset="x", nsamples=64, seqlen=128)
     tune = Tune(steps=50, batch_size=2, dtype="bfloat16")
     return Recipe(model="m", out=str(tmp_path / "out"), scheme=scheme, calib=calib, tune=tune)
@@ -245,6 +246,20 @@ def test_learning_codes_of_the_whole_network_is_dear(recipe: Recipe, ckpt: Check
     assert codes.disk_bytes - scales.disk_bytes == 32 * weights
 
 
+def test_what_is_no_product_weighs_more_where_products_are_fast(
+    recipe: Recipe, ckpt: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def seconds(products: float, elements: float) -> float:
+        monkeypatch.setattr(work, "step_rate", lambda *work, **kind: products)
+        monkeypatch.setattr(work, "elementwise_rate", lambda *work, **kind: elements)
+        return of(recipe, ckpt).seconds - ckpt.stored_bytes() / work.READING
+
+    alone, both = seconds(RATE, math.inf), seconds(RATE, RATE)
+    assert seconds(RATE / 10, math.inf) == pytest.approx(10 * alone)
+    assert seconds(RATE / 10, RATE) / (10 * alone) < both / alone < seconds(10 * RATE, RATE) / (alone / 10)
+    assert both - alone == pytest.approx(seconds(10 * RATE, RATE) - alone / 10)
+
+
 def test_what_is_solved_takes_no_more_time(recipe: Recipe, ckpt: Checkpoint) -> None:
     plan, cpu = compose("lwc+e2e"), torch.device("cpu")
     whole, rest, tuned = (
@@ -270,8 +285,8 @@ def test_time_is_that_of_the_dtype_it_runs_in(
         asked.append(dtype)
         return RATE
 
-    monkeypatch.setattr(work, "matmul_rate", rate)
-    monkeypatch.setattr(work, "step_rate", rate)
+    for kind in ("matmul_rate", "step_rate", "elementwise_rate"):
+        monkeypatch.setattr(work, kind, rate)
     narrow = replace(recipe, tune=replace(recipe.tune, dtype="float32"))
     estimate(compose("lwc"), narrow, ckpt, range(3), torch.device("cpu"), windows=2)
-    assert asked == [torch.float32, fast_dtype(ckpt.dtype, "cpu"), torch.float32]
+    assert asked == [torch.float32, torch.float32, fast_dtype(ckpt.dtype, "cpu"), torch.float32]

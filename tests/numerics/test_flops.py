@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from makeweight.numerics.flops import band_flops, block_flops, matmul_rate, step_flops, step_rate
+from makeweight.numerics.flops import band_flops, block_flops, elementwise_rate, matmul_rate, step_flops, step_rate
 
 SHAPES = [(8, 16), (16, 8)]
 
@@ -38,3 +38,7 @@ def test_a_machine_too_busy_to_measure_is_measured_once() -> None:
 def test_learning_is_measured_with_its_grid(group: int) -> None:
     rate = step_rate((96, 64), 32, group, dtype=torch.float32, seconds=0.0)
     assert 1e6 < rate < 1e15
+
+
+def test_what_is_no_product_is_measured() -> None:
+    assert 1e5 < elementwise_rate(dtype=torch.float32, seconds=0.0) < 1e14

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from makeweight.methods.base import FinetuneStep
-from makeweight.numerics.flops import block_flops, matmul_rate, step_flops, step_rate
+from makeweight.numerics.flops import block_flops, elementwise_rate, matmul_rate, step_flops, step_rate
 from makeweight.numerics.precision import fast_dtype, named_dtype
 from makeweight.plan import Plan
 from makeweight.recipe import Recipe
@@ -20,9 +20,11 @@ if TYPE_CHECKING:
     from makeweight.models.checkpoint import Checkpoint
 
 EFFICIENCY = 0.5
-"""Share of the rate of one linear alone, or of plain products, that whole blocks reach."""
+"""Share of the rate of plain products that evaluation reaches."""
+ELEMENTWISE = 16
+"""Gated activations whose time a block takes besides products, for each channel of a token, forward and backward."""
 WRITING = 0.2
-"""Share of that at which a model writes, token by token."""
+"""Share of the rate of learning at which a model writes, token by token."""
 READING = 200e6
 """Bytes of a model that are read, rounded and written in a second."""
 GRID_TOKENS = 256
@@ -51,16 +53,21 @@ def solving_seconds(
         work += _writing_work(recipe, ckpt, shapes) / WRITING
     if plan.finetune is not None and not tuned:
         work += _finetune_work(plan.finetune, recipe, ckpt, shapes)
-    return seconds + work / _rate(recipe, largest, device)
+    return seconds + work / _rate(recipe, ckpt, largest, device)
 
 
-def _rate(recipe: Recipe, shapes: Sequence[tuple[int, int]], device: torch.device) -> float:
-    """Return the operations per second of learning, by those of the largest linear alone."""
-    tokens = recipe.tune.batch_size * recipe.calib.seqlen
-    dtype = named_dtype(recipe.tune.dtype, device)
-    return EFFICIENCY * step_rate(
-        max(shapes, key=math.prod), tokens, recipe.scheme.group_size, device=device, dtype=dtype
-    )
+def _rate(recipe: Recipe, ckpt: Checkpoint, shapes: Sequence[tuple[int, int]], device: torch.device) -> float:
+    """Return the operations per second of a block that learns: products go by its largest linear alone.
+
+    All else that a block does takes half of the time where products are fast, and next to nothing where they are slow.
+    """
+    tune, seqlen, hidden = recipe.tune, recipe.calib.seqlen, ckpt.config.get_text_config().hidden_size
+    dtype = named_dtype(tune.dtype, device)
+    largest, tokens = max(shapes, key=math.prod), tune.batch_size * seqlen
+    products = step_rate(largest, tokens, recipe.scheme.group_size, device=device, dtype=dtype)
+    work = block_flops(shapes, hidden, tune.batch_size, seqlen)
+    rest = ELEMENTWISE * tokens * hidden / elementwise_rate(device, dtype=dtype)
+    return work / (work / products + rest)
 
 
 def _passing_work(plan: Plan, recipe: Recipe, ckpt: Checkpoint, shapes: Sequence[tuple[int, int]]) -> float:

@@ -95,6 +95,17 @@ def step_rate(
     return 6.0 * rows * columns * tokens / _best(step, 1, seconds, torch.device(device), least=10)
 
 
+def elementwise_rate(device: torch.device | str = "cpu", *, dtype: torch.dtype, seconds: float = 0.2) -> float:
+    """Measure elements per second of a gated activation, forward and backward: what a block does besides products."""
+    gate, up = (torch.randn(1024, 1536, device=device).to(dtype).requires_grad_() for _ in range(2))
+    slope = torch.ones_like(gate)
+
+    def step() -> None:
+        torch.autograd.grad(torch.nn.functional.silu(gate) * up, (gate, up), slope)
+
+    return gate.numel() / _best(step, 1, seconds, torch.device(device), least=10)
+
+
 def crowded() -> bool:
     """Say whether other processes kept the processors busy in the last minute; False where the system does not tell."""
     try:
