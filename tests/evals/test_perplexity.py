@@ -168,7 +168,9 @@ def test_evaluate_serves_all_texts_in_one_pass(opened: FakeCheckpoint, capfd: py
     assert [(r.dataset, r.windows, r.tokens, r.seqlen) for r in results] == [("a", 3, 120, 40), ("b", 2, 80, 40)]
     for result, tokens_NT in zip(results, (windows(5)[:3], windows(5)[3:]), strict=True):
         assert result.nll == pytest.approx(loss(opened.model, tokens_NT), rel=1e-6)
-        assert result.perplexity == math.exp(result.nll) and result.seconds > 0
+        assert result.perplexity == math.exp(result.nll) and result.seconds > 0 and result.dtype == "float32"
+    (rough,) = room.evaluate("model", datasets=["a"], seqlen=TOKENS, device="cpu", dtype=torch.bfloat16)
+    assert rough.dtype == "bfloat16" and rough.nll != results[0].nll
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ EFFICIENCY = 0.5
 """Share of the rate of plain products that evaluation reaches."""
 ELEMENTWISE = 16
 """Gated activations whose time a block takes besides products, for each channel of a token, forward and backward."""
-WRITING = 0.2
+WRITING = 0.3
 """Share of the rate of learning at which a model writes, token by token."""
 READING = 200e6
 """Bytes of a model that are read, rounded and written in a second."""

@@ -21,7 +21,7 @@ from makeweight.calib.capture import find_device
 from makeweight.calib.data import behind, check_tokens, evaluation_texts
 from makeweight.errors import UserError
 from makeweight.evals.predictions import Predictions, Progress, predict
-from makeweight.numerics.precision import fast_dtype
+from makeweight.numerics.precision import fast_dtype, name_of
 
 if TYPE_CHECKING:
     from makeweight.models.load import Checkpoint
@@ -35,7 +35,8 @@ class Perplexity:
 
     `tokens` counts the text read (windows x seqlen); `seconds` is this text's share of a pass that may serve several.
     Where the model was compared with its original, `divergence` is the mean over tokens of KL(original || model) in
-    nats, and `same_top` the share of tokens for which both think the same next one likeliest.
+    nats, and `same_top` the share of tokens for which both think the same next one likeliest. `dtype` is that in which
+    its blocks ran.
     """
 
     dataset: str
@@ -47,6 +48,7 @@ class Perplexity:
     seconds: float
     divergence: float | None = None
     same_top: float | None = None
+    dtype: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +116,8 @@ class Texts:
             nll, divergence, same = part_N3.mean(0).tolist()
             size = {"windows": count, "tokens": count * self.seqlen, "seqlen": self.seqlen, "seconds": seconds * count}
             other = {} if theirs is None else {"divergence": divergence, "same_top": same}
-            found.append(Perplexity(dataset=name, perplexity=_exp(nll), nll=nll, **size, **other))
+            dtype = name_of(ours.hidden_NTD.dtype)
+            found.append(Perplexity(dataset=name, perplexity=_exp(nll), nll=nll, **size, **other, dtype=dtype))
         return found
 
 
