@@ -103,7 +103,7 @@ class CompressedTensors(HfFormat):
             vllm = "vLLM 0.32, CPU too"
         else:
             vllm = f"vLLM where its GPU kernels take {scheme.bits} bits; 0.32 has none for a CPU"
-        return ("transformers 5 with compressed-tensors 0.18", vllm)
+        return ("transformers 5.3 with compressed-tensors 0.18", vllm)
 
     def refusal(self, facts: Facts) -> str | None:  # noqa: D102
         return None
