@@ -59,7 +59,7 @@ def solving_seconds(
 def _rate(recipe: Recipe, ckpt: Checkpoint, shapes: Sequence[tuple[int, int]], device: torch.device) -> float:
     """Return the operations per second of a block that learns: products go by its largest linear alone.
 
-    All else that a block does takes half of the time where products are fast, and next to nothing where they are slow.
+    All else that a block does is measured apart: the faster products are, the more of the time it takes.
     """
     tune, seqlen, hidden = recipe.tune, recipe.calib.seqlen, ckpt.config.get_text_config().hidden_size
     dtype = named_dtype(tune.dtype, device)
