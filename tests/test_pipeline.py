@@ -187,9 +187,10 @@ def test_learning_sees_pieces_of_the_samples(llama: Path, tmp_path: Path, text: 
     assert whole.tokens_NT is not None and cut.tokens_NT is not None and whole.plan.finetune and cut.plan.finetune
     assert whole.tokens_NT.shape == (4, 25)
     assert torch.equal(cut.tokens_NT, whole.tokens_NT[:, :24].reshape(12, 8)), "pieces are equal, and none is too long"
+    assert cut.whole_NT is not None and torch.equal(cut.whole_NT, whole.tokens_NT[:, :24]), "the network sees it whole"
     assert cut.cut.calib.samples == 15
     assert cut.solver().tune.batch_size == 3 * recipe.tune.batch_size
-    assert cut.plan.finetune.batch_size == 3 * whole.plan.finetune.batch_size
+    assert cut.plan.finetune.batch_size == whole.plan.finetune.batch_size
     assert cut.identity() != whole.identity()
     gptq = replace(recipe, method="gptq", calib=replace(recipe.calib, piece=12))
     tokens_NT = Job.prepare(gptq).tokens_NT

@@ -219,10 +219,10 @@ def test_blocks_that_hold_different_linears(ckpt: Checkpoint, monkeypatch: pytes
 
 def test_samples_longer_than_the_model(ckpt: Checkpoint) -> None:
     long = Calib(seqlen=257)
-    for method, calib in (("lwc", Calib(seqlen=257, piece=257)), ("gptq", long)):
+    for method, calib in (("lwc", Calib(seqlen=257, piece=257)), ("gptq", long), ("lwc+e2e", long)):
         with pytest.raises(UserError, match="seqlen 257 is longer than the 256 positions of tiny: give 256 or less"):
             checked(ckpt, method=method, calib=calib)
-    assert checked(ckpt, calib=long) == range(3), "what learns sees pieces, which fit"
+    assert checked(ckpt, calib=long) == range(3), "blocks see pieces, which fit"
     assert checked(ckpt, method="rtn", calib=long) == range(3), "nothing is calibrated, so no length matters"
 
 
@@ -254,7 +254,7 @@ def test_options_that_change_nothing_are_named() -> None:
         return " ".join(unused(replace(given, method=method)))
 
     assert left_aside("flipround+e2e") == "--eval-windows"
-    assert left_aside("rtn+e2e") == "--steps --eval-windows"
+    assert left_aside("rtn+e2e") == "--piece --steps --eval-windows"
     assert left_aside("gptq") == "--piece --steps --eval-windows"
     unread = "--dataset --nsamples --seqlen --batch-size --piece --steps --eval-windows"
     assert left_aside("rtn") == unread

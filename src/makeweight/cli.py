@@ -114,7 +114,7 @@ def quantize(
     nsamples: Annotated[int | None, typer.Option(help="Calibration samples [128].")] = None,
     seqlen: Annotated[int | None, typer.Option(help="Tokens per sample [2048].")] = None,
     written: Annotated[int | None, typer.Option(help="More samples that the model writes itself [0].")] = None,
-    piece: Annotated[int | None, typer.Option(help="Tokens of a sample that learning sees at once [256].")] = None,
+    piece: Annotated[int | None, typer.Option(help="Tokens of a sample that a block learns on at once [256].")] = None,
     steps: Annotated[int | None, typer.Option("--steps", "--iters", help="Per block [240].")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Samples per step [2].")] = None,
     lr: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="A method's learning rate.")] = None,

@@ -42,14 +42,16 @@ class Job:
 
     recipe: Recipe
     cut: Recipe
-    """The recipe as learning sees it: its samples are pieces of those drawn."""
+    """The recipe as blocks see it: where they learn, its samples are pieces of those drawn."""
     ckpt: Checkpoint
     plan: Plan
     blocks: range
     device: torch.device
     estimate: Estimate
     tokens_NT: Tensor | None
-    """The calibration samples, in pieces; None where nothing needs any."""
+    """The calibration samples as blocks see them; None where nothing needs any."""
+    whole_NT: Tensor | None
+    """The calibration samples as the whole network sees them: not in pieces."""
 
     @classmethod
     def prepare(cls, recipe: Recipe) -> Job:
@@ -63,20 +65,20 @@ class Job:
         tokenizer = ckpt.tokenizer()
         wanted = recipe.eval
         texts = evaluation_texts(tokenizer, wanted.datasets, seqlen=wanted.seqlen, windows=wanted.windows)
-        plan, cut = in_pieces(plan, recipe)
-        tokens_NT = None
+        cut = in_pieces(plan, recipe)
+        tokens_NT = whole_NT = None
         if plan.calibrates:
             calib, length = recipe.calib, cut.calib.seqlen
-            count = cut.calib.nsamples // calib.nsamples
+            used, start = cut.calib.nsamples // calib.nsamples * length, ckpt.start_token(tokenizer)
             drawn_NT = calibration_tokens(
                 tokenizer, calib.dataset, nsamples=calib.nsamples, seqlen=calib.seqlen, seed=recipe.seed
-            )
-            tokens_NT = behind(ckpt.start_token(tokenizer), drawn_NT[:, : count * length].reshape(-1, length))
+            )[:, :used]
+            tokens_NT, whole_NT = behind(start, drawn_NT.reshape(-1, length)), behind(start, drawn_NT)
         check_tokens(ckpt, *texts, *([] if tokens_NT is None else [tokens_NT]))
         check_replay(ckpt.skeleton(), ckpt.spec.blocks)
         folder = Folder(expanded(recipe.out), ckpt.n_blocks + 1)
         missing = tuple(name for name in recipe.formats if not target_of(folder.path, name, None).is_dir())
-        unwritten = replace(cut, formats=missing)
+        unwritten = replace(recipe, formats=missing)
         expected = estimate(
             plan,
             unwritten,
@@ -96,6 +98,7 @@ class Job:
             blocks=blocks,
             device=device,
             tokens_NT=tokens_NT,
+            whole_NT=whole_NT,
             estimate=expected,
         )
         run = job.claimant()

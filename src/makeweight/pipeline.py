@@ -102,7 +102,8 @@ class Run:
         solver, store = job.solver(), job.store(folder)
         sweep, seconds = None, 0.0
         if job.tokens_NT is not None and any(folder.report(i + 1) is None for i in job.blocks):
-            samples_NT, seconds = self.samples(job.tokens_NT)
+            new_NT, seconds = self.written(job.tokens_NT)
+            samples_NT = torch.cat([job.tokens_NT, new_NT])
             sweep = Sweep(job.ckpt, solver, samples_NT, job.device)
         if folder.report(0) is None:
             folder.write(0, dict(job.ckpt.rest()), {"seconds": seconds})
@@ -122,11 +123,11 @@ class Run:
                     folder.note_solver(_process(job))
                 bars.block()
 
-    def samples(self, tokens_NT: Tensor) -> tuple[Tensor, float]:
-        """Return the calibration samples with those that the model writes itself, once, and the seconds of writing."""
+    def written(self, tokens_NT: Tensor) -> tuple[Tensor, float]:
+        """Return the samples that the model writes itself, once, as blocks see them, and the seconds of writing."""
         job, folder = self.job, self.folder
         if not (count := job.cut.calib.written):
-            return tokens_NT, 0.0
+            return tokens_NT[:0], 0.0
         if (kept := folder.scratch(WRITTEN)) is None:
             start, seed = time.perf_counter(), job.recipe.seed
             first = job.ckpt.start_token(job.ckpt.tokenizer())
@@ -137,7 +138,7 @@ class Run:
             kept = {"tokens": new_NT}
             kept["seconds"] = torch.tensor([time.perf_counter() - start])
             folder.set_aside(WRITTEN, kept)
-        return torch.cat([tokens_NT, kept["tokens"]]), kept["seconds"].item()
+        return kept["tokens"], kept["seconds"].item()
 
     def _round(self, solver: Solver, index: int) -> Committed:
         """Solve a block with nothing to learn."""
@@ -154,12 +155,13 @@ class Run:
         """
         job, folder = self.job, self.folder
         step, store = job.plan.finetune, job.store(folder)
-        if step is None or job.tokens_NT is None or folder.finetuned is not None:
+        if step is None or job.tokens_NT is None or job.whole_NT is None or folder.finetuned is not None:
             return
         if (learned := folder.scratch(LEARNED)) is None:
             solved, context = {index: store.mapped(index) for index in job.blocks}, job.solver().context
             release_freed_memory()
-            samples_NT, _ = self.samples(job.tokens_NT)
+            new_NT, _ = self.written(job.tokens_NT)
+            samples_NT = torch.cat([job.whole_NT, new_NT.reshape(-1, job.whole_NT.shape[1])])
             tuner = Finetune(job.ckpt, step, solved, samples_NT, context, device=job.device, seed=job.recipe.seed)
             if (state := folder.scratch(STATE)) is not None:
                 tuner.restore(state)

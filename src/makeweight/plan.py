@@ -169,7 +169,7 @@ def check(plan: Plan, recipe: Recipe, ckpt: Checkpoint) -> range:
             recipe.scheme.group_of(width, f"{ckpt.block_module_path(index)}.{name}")
     limit = getattr(ckpt.config.get_text_config(), "max_position_embeddings", None)
     wanted = {
-        "seqlen": in_pieces(plan, recipe)[1].calib.seqlen if plan.calibrates else 0,
+        "seqlen": (recipe if plan.finetune else in_pieces(plan, recipe)).calib.seqlen if plan.calibrates else 0,
         "eval seqlen": recipe.eval.seqlen if recipe.eval.datasets else 0,
     }
     for name, length in wanted.items():
@@ -180,31 +180,28 @@ def check(plan: Plan, recipe: Recipe, ckpt: Checkpoint) -> range:
     return blocks
 
 
-def in_pieces(plan: Plan, recipe: Recipe) -> tuple[Plan, Recipe]:
-    """Return both as learning sees them: samples are pieces of those drawn, and a step takes as many more of them.
+def in_pieces(plan: Plan, recipe: Recipe) -> Recipe:
+    """Return a recipe as blocks see it: samples are pieces of those drawn, and a step takes as many more of them.
 
-    Where nothing is learned both stay: what solves in one go sees whole samples.
+    Where blocks learn nothing it stays: what solves in one go sees whole samples, as the whole network does.
     """
     count, calib = recipe.calib.pieces, recipe.calib
-    if count == 1 or not (plan.learns or plan.finetune):
-        return plan, recipe
+    if count == 1 or not plan.learns:
+        return recipe
     cut = replace(calib, nsamples=calib.nsamples * count, written=calib.written * count, seqlen=calib.seqlen // count)
-    tune = replace(recipe.tune, batch_size=recipe.tune.batch_size * count)
-    finetune = plan.finetune and replace(plan.finetune, batch_size=plan.finetune.batch_size * count)
-    return replace(plan, finetune=finetune), replace(recipe, calib=cut, tune=tune)
+    return replace(recipe, calib=cut, tune=replace(recipe.tune, batch_size=recipe.tune.batch_size * count))
 
 
 def unused(recipe: Recipe) -> list[str]:
     """Return the options that a recipe sets and that change nothing in what it runs."""
     plan = compose(recipe.method)
-    cut = plan.learns or plan.finetune is not None
     used = {
         "--dataset": plan.calibrates or recipe.calib.dataset == Calib.dataset,
         "--nsamples": plan.calibrates or recipe.calib.nsamples == Calib.nsamples,
         "--seqlen": plan.calibrates or recipe.calib.seqlen == Calib.seqlen,
         "--written": plan.calibrates or not recipe.calib.written,
         "--batch-size": plan.calibrates or recipe.tune.batch_size == Tune.batch_size,
-        "--piece": cut or recipe.calib.piece == Calib.piece,
+        "--piece": plan.learns or recipe.calib.piece == Calib.piece,
         "--steps": plan.learns or recipe.tune.steps == Tune.steps,
         "--eval-seqlen": bool(recipe.eval.datasets) or recipe.eval.seqlen == Eval.seqlen,
         "--eval-windows": bool(recipe.eval.datasets) or recipe.eval.windows is None,

@@ -29,8 +29,9 @@ MOST = 2**31
 class Calib:
     """The text the blocks are fitted to: `nsamples` sequences of `seqlen` tokens from `dataset`.
 
-    `written` is how many more the model writes itself. What learns sees pieces of at most `piece` tokens: all of a
-    piece attend to its first token, and few samples have few first tokens (LOG.md).
+    `written` is how many more the model writes itself. Blocks learn on pieces of at most `piece` tokens: all of a
+    piece attend to its first token, and few samples have few first tokens (LOG.md). The whole network learns on whole
+    samples: errors of attention grow with what is attended to.
     """
 
     dataset: str = "pile-10k"

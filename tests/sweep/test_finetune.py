@@ -80,11 +80,13 @@ def test_the_loss_is_that_of_the_written_model(family: str, rounding: bool, text
     assert loss == pytest.approx(divergence(source, out, tokens_NT), rel=0.02)
 
 
-@pytest.mark.parametrize("tokens", [1000, 50])
+@pytest.mark.parametrize("tokens", [1000, 10])
 def test_gradients_are_those_of_a_small_move(
     tokens: int, llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(finetune, "LOGIT_BYTES", tokens * 4 * VOCABULARY)  # all logits at once, and in three parts
+    """With the logits of a whole sample at a time, and of parts of one."""
+    monkeypatch.setattr(finetune, "LOGIT_BYTES", tokens * 4 * VOCABULARY)
+    monkeypatch.setattr(finetune, "LEAST_TOGETHER", 1)
     recipe = a_recipe(llama, tmp_path / "out", text, method="mse", options={})
     scheme = replace(recipe.scheme, scale_dtype="float32")  # coarser ones would hide a small move
     recipe = replace(recipe, tune=replace(recipe.tune, dtype="float32"), scheme=scheme)
@@ -123,6 +125,25 @@ def test_it_brings_the_written_model_nearer(
     assert {kind for kind in kinds if any(name.endswith(kind) for name in changed)} == set(kinds)
     assert all(name.endswith((*kinds, "weight_packed") if options is ROUNDING else kinds) for name in changed)
     assert {name for name in ours if name.endswith("weight_scale")} <= changed
+
+
+def test_the_whole_network_learns_on_whole_samples(
+    llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calib = Calib(dataset=str(text), nsamples=4, seqlen=25, piece=12, written=1)  # blocks see three pieces of 8 of each
+    recipe = a_recipe(llama, tmp_path / "out", text, method="lwc+e2e", calib=calib)
+    seen: list[Tensor] = []
+
+    def stopped(*given: Any, **named: Any) -> None:
+        seen.append(given[3])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as changed, pytest.raises(KeyboardInterrupt):
+        changed.setattr("makeweight.pipeline.Finetune", stopped)
+        quantize(recipe)
+    whole_NT = calibration_tokens(open_checkpoint(llama).tokenizer(), str(text), nsamples=4, seqlen=25, seed=0)
+    assert seen[0].shape == (5, 24) and torch.equal(seen[0][:4], whole_NT[:, :24])
+    assert quantize(recipe).finetune["after"] <= quantize(recipe).finetune["before"]
 
 
 def test_codes_that_moved_are_written(llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

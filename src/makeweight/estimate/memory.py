@@ -13,7 +13,7 @@ from makeweight.evals import perplexity, predictions
 from makeweight.methods.base import FinetuneStep
 from makeweight.numerics.attention import kept_bytes
 from makeweight.numerics.precision import fast_dtype, named_dtype
-from makeweight.plan import Plan
+from makeweight.plan import Plan, in_pieces
 from makeweight.recipe import Recipe
 from makeweight.sweep import finetune
 
@@ -37,13 +37,14 @@ def peak_bytes(
     """Return the most that a run holds at a time, with the evaluation of so many windows."""
     largest = max(shapes.values(), key=lambda found: sum(math.prod(shape) for shape in found))
     outside, size = BASE_BYTES + _resident(ckpt), named_dtype(recipe.tune.dtype, device).itemsize
+    cut = in_pieces(plan, recipe)
     parts = [outside + 10 * sum(map(math.prod, largest))]  # a block as it is read, in fp32, quantized, and its codes
     if plan.calibrates:
-        parts.append(outside + _learning(plan, recipe, ckpt, largest, size))
+        parts.append(outside + _learning(plan, cut, ckpt, largest, size))
         if recipe.calib.written:
-            parts.append(BASE_BYTES + writing_bytes(ckpt, recipe.calib.seqlen, device))
+            parts.append(BASE_BYTES + writing_bytes(ckpt, cut.calib.seqlen, device))
         if plan.finetune is not None:
-            whole = _finetuning(plan.finetune, recipe, ckpt, shapes, blocks, size)
+            whole = _finetuning(plan.finetune, recipe, ckpt, shapes, blocks, device, size)
             parts.append(BASE_BYTES + _wider(ckpt, size) * _resident(ckpt) + whole)
     if windows:
         parts.append(BASE_BYTES + _evaluating(recipe, ckpt, largest, windows, device))
@@ -63,12 +64,12 @@ def gpu_bytes(
         return 0.0
     largest = max(shapes.values(), key=lambda found: sum(math.prod(shape) for shape in found))
     size = named_dtype(recipe.tune.dtype, device).itemsize
-    stream = _stream(recipe, ckpt, size)
-    parts = [_resident(ckpt), _learning(plan, recipe, ckpt, largest, size) - _streams(plan) * stream]
+    cut, stream = in_pieces(plan, recipe), _stream(recipe, ckpt, size)
+    parts = [_resident(ckpt), _learning(plan, cut, ckpt, largest, size) - _streams(plan) * stream]
     if recipe.calib.written:
-        parts.append(writing_bytes(ckpt, recipe.calib.seqlen, device))
+        parts.append(writing_bytes(ckpt, cut.calib.seqlen, device))
     if plan.finetune is not None:
-        whole = _finetuning(plan.finetune, recipe, ckpt, shapes, blocks, size) - 2 * stream
+        whole = _finetuning(plan.finetune, recipe, ckpt, shapes, blocks, device, size) - 2 * stream
         parts.append(_wider(ckpt, size) * _resident(ckpt) + whole)
     return max(parts)
 
@@ -119,6 +120,7 @@ def _finetuning(
     ckpt: Checkpoint,
     shapes: dict[int, list[tuple[int, int]]],
     blocks: range,
+    device: torch.device,
     size: int,
 ) -> float:
     """Return bytes of all codes, their scales as they are learned, two streams, and what the backward pass keeps.
@@ -126,7 +128,7 @@ def _finetuning(
     Codes lie in a file that is mapped: where memory is short they need not stay in it. `size` is as in `_learning`.
     """
     config, calib = ckpt.config.get_text_config(), recipe.calib
-    memory = 0.0
+    memory, vocabulary = 0.0, config.vocab_size
     for index, found in shapes.items():
         weights = sum(math.prod(shape) for shape in found)
         group = recipe.scheme.group_size if recipe.scheme.group_size > 0 else found[0][1]
@@ -139,7 +141,7 @@ def _finetuning(
         memory += len(shapes) * _activations(ckpt, recipe, step.batch_size, size)
         memory += sum((1 + size) * math.prod(shape) for index in blocks for shape in shapes[index])
     largest = max(sum(math.prod(shape) for shape in found) for found in shapes.values())
-    return memory + 4 * 6 * largest + 6 * finetune.LOGIT_BYTES
+    return memory + 4 * 6 * largest + 6 * 4 * vocabulary * finetune.logit_tokens(vocabulary, device)
 
 
 def _evaluating(

@@ -11,7 +11,7 @@ import torch
 from makeweight.methods.base import FinetuneStep
 from makeweight.numerics.flops import block_flops, elementwise_rate, matmul_rate, step_flops, step_rate
 from makeweight.numerics.precision import fast_dtype, named_dtype
-from makeweight.plan import Plan
+from makeweight.plan import Plan, in_pieces
 from makeweight.recipe import Recipe
 from makeweight.sweep import finetune, fit
 from makeweight.sweep.curvature import PROBES
@@ -45,15 +45,16 @@ def solving_seconds(
     seconds = ckpt.stored_bytes() / READING
     if not plan.calibrates:
         return seconds
+    cut = in_pieces(plan, recipe)
     largest = max(shapes.values(), key=lambda found: sum(math.prod(shape) for shape in found))
-    work = sum(_block_work(plan, recipe, ckpt, shapes[index]) for index in left)
+    work = sum(_block_work(plan, cut, ckpt, shapes[index]) for index in left)
     passed = set(range(max(left, default=0))) - set(left)
-    work += sum(_passing_work(plan, recipe, ckpt, shapes[index]) for index in passed)
+    work += sum(_passing_work(plan, cut, ckpt, shapes[index]) for index in passed)
     if recipe.calib.written and left:
-        work += _writing_work(recipe, ckpt, shapes) / WRITING
+        work += _writing_work(cut, ckpt, shapes) / WRITING
     if plan.finetune is not None and not tuned:
         work += _finetune_work(plan.finetune, recipe, ckpt, shapes)
-    return seconds + work / _rate(recipe, ckpt, largest, device)
+    return seconds + work / _rate(cut, ckpt, largest, device)
 
 
 def _rate(recipe: Recipe, ckpt: Checkpoint, shapes: Sequence[tuple[int, int]], device: torch.device) -> float:

@@ -31,7 +31,9 @@ from makeweight.sweep.block import Block
 from makeweight.sweep.descent import Descent
 
 LOGIT_BYTES = 1 << 24
-"""Logits that are held at a time, fp32."""
+"""Logits that are held at a time, fp32, unless a vocabulary is so large that these are too few tokens."""
+LEAST_TOGETHER, LEAST_ON_GPU = 64, 512
+"""Tokens whose logits are held together at the least: the whole head is read for them, however few they are."""
 CHECKS = 5
 HELD_OUT = 16
 """One sample in so many is not learned from and judges what was learned."""
@@ -77,14 +79,14 @@ class Finetune:
         self.skeleton = speed_up(ckpt.skeleton()).requires_grad_(False)
         place(self.skeleton, device, context.dtype)
         captured = capture(self.skeleton, ckpt.spec.blocks, tokens_NT[used], dtype=context.dtype)
-        self.first_NTD = self.last_NTD = captured.hidden_NTD
+        self.first_NTD, self.last_NTD = captured.hidden_NTD, captured.hidden_NTD.clone()
         self.blocks: list[Block] = []
         self.parts = nn.ModuleDict()
         for index, kwargs in enumerate(captured.kwargs):
             module = ckpt.load_block(self.skeleton, index).requires_grad_(False)
             place(module, device, context.dtype)
             block = Block(index, module, ckpt.linears(), kwargs, context.scheme.activations)
-            self.last_NTD = advance(block, self.last_NTD, batch_size=AT_ONCE * step.batch_size, device=device)
+            advance(block, self.last_NTD, batch_size=AT_ONCE * step.batch_size, device=device, in_place=True)
             if index in solved:
                 codes, rest = solved[index]
                 codes = {name: tensor.to(device) for name, tensor in codes.items()}
@@ -195,7 +197,7 @@ class Finetune:
                 hidden_BTD = _run(block, part, hidden_BTD)
         tokens = hidden_BTD.shape[:2].numel()
         last_MD = self.last_NTD[index].flatten(0, 1).to(self.device)
-        chunk = max(1, LOGIT_BYTES // (4 * self.ckpt.config.get_text_config().vocab_size))
+        chunk = logit_tokens(self.ckpt.config.get_text_config().vocab_size, self.device)
         chunk = min(chunk, hidden_BTD.shape[1])  # models with learned positions take no longer text
         total = _InParts.apply(hidden_BTD.flatten(0, 1), last_MD, self._divergence, chunk)
         assert isinstance(total, Tensor)
@@ -227,6 +229,11 @@ class Finetune:
             )
         self._take(self.best)
         self.descent = Descent(self.learnables(), self.step.steps)
+
+
+def logit_tokens(vocabulary: int, device: torch.device) -> int:
+    """Return for how many tokens logits are held at a time."""
+    return max(LOGIT_BYTES // (4 * vocabulary), LEAST_TOGETHER if device.type == "cpu" else LEAST_ON_GPU)
 
 
 def _drawn(samples: int, step: FinetuneStep, seed: int) -> tuple[Tensor, Tensor, Tensor]:
