@@ -18,7 +18,10 @@ Layer = Callable[[Tensor], Tensor]
 def advance(
     layer: Layer, hidden_NTD: Tensor, *, batch_size: int, device: torch.device, in_place: bool = False
 ) -> Tensor:
-    """Run all samples through a layer, batch by batch, shape (N, T, D) on the CPU in the same dtype."""
+    """Run all samples through a layer, batch by batch, shape (N, T, D) on the CPU in the same dtype.
+
+    `in_place` overwrites what came in.
+    """
     output_NTD = hidden_NTD if in_place else torch.empty_like(hidden_NTD)
     for start in range(0, hidden_NTD.shape[0], batch_size):
         part = slice(start, start + batch_size)
