@@ -254,7 +254,7 @@ def test_options_that_change_nothing_are_named() -> None:
         return " ".join(unused(replace(given, method=method)))
 
     assert left_aside("flipround+e2e") == "--eval-windows"
-    assert left_aside("rtn+e2e") == "--piece --steps --eval-windows"
+    assert left_aside("rtn+e2e") == "--batch-size --piece --steps --eval-windows"
     assert left_aside("gptq") == "--piece --steps --eval-windows"
     unread = "--dataset --nsamples --seqlen --batch-size --piece --steps --eval-windows"
     assert left_aside("rtn") == unread

@@ -33,7 +33,11 @@ from makeweight.plan import Plan, check, compose, in_pieces
 from makeweight.recipe import Recipe
 from makeweight.store import Store
 from makeweight.sweep.chain import Steps
+from makeweight.sweep.finetune import steps_taken
 from makeweight.sweep.run import Solver
+
+STATE, LEARNED = "finetune-state.scratch", "finetuned.scratch"
+"""Where it is set aside how far learning of the whole network has come, and what it ended as."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +78,7 @@ class Job:
                 tokenizer, calib.dataset, nsamples=calib.nsamples, seqlen=calib.seqlen, seed=recipe.seed
             )[:, :used]
             tokens_NT, whole_NT = behind(start, drawn_NT.reshape(-1, length)), behind(start, drawn_NT)
-        check_tokens(ckpt, *texts, *([] if tokens_NT is None else [tokens_NT]))
+        check_tokens(ckpt, *texts, *([] if whole_NT is None else [whole_NT]))
         check_replay(ckpt.skeleton(), ckpt.spec.blocks)
         folder = Folder(expanded(recipe.out), ckpt.n_blocks + 1)
         missing = tuple(name for name in recipe.formats if not target_of(folder.path, name, None).is_dir())
@@ -88,7 +92,7 @@ class Job:
             windows=sum(map(len, texts)),
             solved=folder.done,
             left=[index for index in blocks if folder.report(index + 1) is None],
-            tuned=folder.finetuned is not None,
+            tuned=_tuned(plan, folder),
         )
         job = cls(
             recipe=recipe,
@@ -119,15 +123,17 @@ class Job:
         """Say where a run takes more than this machine has, or learning more than its GPU."""
         if self.device.type == "cpu":
             there, wanted = machine_memory(), self.estimate.memory_bytes
-            words, less = "This machine has only", "fewer or shorter samples (--nsamples, --seqlen) take"
+            words, less = "This machine has only", "fewer or shorter samples (--nsamples, --seqlen)"
         elif self.device.type == "cuda":
             there, wanted = torch.cuda.get_device_properties(self.device).total_memory, self.estimate.gpu_bytes
-            words, less = "Its GPU has only", "a smaller --batch-size, or a method without e2e, takes"
+            words, less = "Its GPU has only", "shorter samples (--seqlen) or a smaller --batch-size"
+            if self.plan.finetune is not None:
+                less = "shorter samples (--seqlen), or a method without e2e,"
         else:
             return ""
         if there is None or wanted <= there:
             return ""
-        return f" {words} {there / 1e9:.1f} GB of memory: {less} less."
+        return f" {words} {there / 1e9:.1f} GB of memory: {less} take less."
 
     def facts(self) -> Facts:
         """Return what formats ask, as far as it is known before anything is solved."""
@@ -203,3 +209,12 @@ class Job:
         ignore = [name for name in self.ckpt.all_linears() if name not in solved]
         config["quantization_config"] = compressed_tensors.quantization_config(self.recipe.scheme, ignore)
         return config
+
+
+def _tuned(plan: Plan, folder: Folder) -> float:
+    """Return the share of the steps of the whole network that an earlier run has taken."""
+    if folder.finetuned is not None or folder.holds(LEARNED):
+        return 1.0
+    if plan.finetune is None or (state := folder.scratch(STATE)) is None:
+        return 0.0
+    return steps_taken(state) / plan.finetune.steps

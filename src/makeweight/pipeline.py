@@ -20,7 +20,7 @@ from makeweight.export import manifest
 from makeweight.export.folder import OWN, Folder
 from makeweight.export.run import write_formats
 from makeweight.export.solved import REPAIR, Solved
-from makeweight.job import Job
+from makeweight.job import LEARNED, STATE, Job
 from makeweight.numerics.memory import keep_freed_memory, peak_memory, release_freed_memory, reset_peak_memory
 from makeweight.recipe import Recipe
 from makeweight.report import progress
@@ -29,8 +29,8 @@ from makeweight.report.record import FILE, Cost, Record, machine, recipe_data, s
 from makeweight.sweep.finetune import Finetune
 from makeweight.sweep.run import Committed, Solver, Sweep
 
-STATE, LEARNED, WRITTEN = "finetune-state.scratch", "finetuned.scratch", "written.scratch"
-"""How far learning of the whole network has come, what it ended as, and text that the model wrote."""
+WRITTEN = "written.scratch"
+"""Where text that the model wrote is set aside."""
 
 
 def quantize(recipe: Recipe) -> Record:
@@ -98,6 +98,7 @@ class Run:
 
     def solve(self) -> None:
         """Write every shard that is missing."""
+        self._begin_again()
         job, folder = self.job, self.folder
         solver, store = job.solver(), job.store(folder)
         sweep, seconds = None, 0.0
@@ -122,6 +123,17 @@ class Run:
                     store.commit(index, sweep.solve(index, bars.step) if sweep else self._round(solver, index))
                     folder.note_solver(_process(job))
                 bars.block()
+
+    def _begin_again(self) -> None:
+        """Drop all solved blocks where a file was lost once shards hold what the whole network learned.
+
+        A block is solved behind others as they were before that, and these are gone.
+        """
+        folder, shards = self.folder, [index + 1 for index in self.job.blocks]
+        told = folder.finetuned is not None or folder.holds(LEARNED)
+        if folder.refining and not (told and all(folder.report(shard) is not None for shard in shards)):
+            print(f"{folder.path} lost a file while it was finished: its blocks are solved anew.", file=sys.stderr)
+            folder.forget(shards, (LEARNED, STATE))
 
     def written(self, tokens_NT: Tensor) -> tuple[Tensor, float]:
         """Return the samples that the model writes itself, once, as blocks see them, and the seconds of writing."""
@@ -162,6 +174,8 @@ class Run:
             release_freed_memory()
             new_NT, _ = self.written(job.tokens_NT)
             samples_NT = torch.cat([job.whole_NT, new_NT.reshape(-1, job.whole_NT.shape[1])])
+            if len(samples_NT) == 1:  # none would be left to judge by: pieces of it are
+                samples_NT = job.tokens_NT
             tuner = Finetune(job.ckpt, step, solved, samples_NT, context, device=job.device, seed=job.recipe.seed)
             if (state := folder.scratch(STATE)) is not None:
                 tuner.restore(state)
@@ -169,6 +183,7 @@ class Run:
                 report = tuner.run(lambda state: folder.set_aside(STATE, state), tick)
             learned = {**tuner.freeze(), "report": torch.tensor(list(report.values()), dtype=torch.float64)}
             folder.set_aside(LEARNED, learned)
+        folder.begin_refining()
         for index in job.blocks:
             store.refine(index, learned)
         folder.finish_tuning(

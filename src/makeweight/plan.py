@@ -164,6 +164,11 @@ def check(plan: Plan, recipe: Recipe, ckpt: Checkpoint) -> range:
         if reason := zoo()[name].step.misfit(recipe.scheme):
             raise UserError(f"method {name!r} cannot be used at {recipe.scheme}: {reason}.")
     _check_alike(ckpt)
+    if plan.finetune is not None and in_pieces(plan, recipe).calib.samples < 2:
+        raise UserError(
+            f"nsamples={recipe.calib.nsamples} is too few for {recipe.method!r}, which is judged by samples that it "
+            "does not learn from: give 2 or more."
+        )
     for index in blocks:
         for name, (_, width) in ckpt.linear_shapes(index).items():
             recipe.scheme.group_of(width, f"{ckpt.block_module_path(index)}.{name}")
@@ -195,12 +200,13 @@ def in_pieces(plan: Plan, recipe: Recipe) -> Recipe:
 def unused(recipe: Recipe) -> list[str]:
     """Return the options that a recipe sets and that change nothing in what it runs."""
     plan = compose(recipe.method)
+    in_blocks = any(step.learns or step.reads_inputs for step in plan.steps if step is not plan.finetune)
     used = {
         "--dataset": plan.calibrates or recipe.calib.dataset == Calib.dataset,
         "--nsamples": plan.calibrates or recipe.calib.nsamples == Calib.nsamples,
         "--seqlen": plan.calibrates or recipe.calib.seqlen == Calib.seqlen,
         "--written": plan.calibrates or not recipe.calib.written,
-        "--batch-size": plan.calibrates or recipe.tune.batch_size == Tune.batch_size,
+        "--batch-size": in_blocks or recipe.tune.batch_size == Tune.batch_size,
         "--piece": plan.learns or recipe.calib.piece == Calib.piece,
         "--steps": plan.learns or recipe.tune.steps == Tune.steps,
         "--eval-seqlen": bool(recipe.eval.datasets) or recipe.eval.seqlen == Eval.seqlen,

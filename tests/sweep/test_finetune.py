@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from makeweight.calib.data import calibration_tokens
+from makeweight.errors import UserError
 from makeweight.export.folder import Folder
 from makeweight.job import Job
 from makeweight.methods.base import Context
@@ -22,11 +23,9 @@ from makeweight.models.load import open_checkpoint
 from makeweight.numerics.scheme import Scheme
 from makeweight.pipeline import quantize
 from makeweight.recipe import Calib, Eval, Recipe, Tune
-from makeweight.report.record import Record
-from makeweight.store import Store
 from makeweight.sweep import finetune
 from makeweight.sweep.finetune import Finetune
-from tests.runs import files, our_logits, small, tensors
+from tests.runs import our_logits, small, tensors
 from tests.tiny import VOCABULARY, tiny_folder
 
 NOT_MEASURED = Eval(datasets=(), seqlen=64)
@@ -212,45 +211,6 @@ def test_recomputing_changes_nothing_but_memory(llama: Path, text: Path, tmp_pat
     assert said[0] < said[1]
 
 
-class Killed(BaseException):
-    """What no handler of the program catches."""
-
-
-@pytest.mark.parametrize(
-    ("owner", "name", "call"),
-    [
-        (Finetune, "_learn", 1),
-        (Finetune, "_learn", 8),
-        (Folder, "set_aside", 2),
-        (Store, "refine", 2),
-        (Folder, "finish_tuning", 1),
-        (Path, "unlink", 2),
-    ],
-)
-def test_killed_on_the_way(owner: type, name: str, call: int, llama: Path, text: Path, tmp_path: Path) -> None:
-    recipe = a_recipe(llama, tmp_path / "out", text, blocks=(1, 3), options=ROUNDING)
-    original, calls = getattr(owner, name), 0
-
-    def dies(*args: Any, **kwargs: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == call:
-            raise Killed
-        return original(*args, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(owner, name, dies)
-        with pytest.raises(Killed):
-            quantize(recipe)
-    assert not (tmp_path / "out" / "config.json").exists(), "half a model must not load"
-    record = quantize(recipe)
-    straight = quantize(replace(recipe, out=str(tmp_path / "straight")))
-    shards = {name: data for name, data in files(tmp_path / "out").items() if name.endswith(".safetensors")}
-    assert shards == {k: data for k, data in files(tmp_path / "straight").items() if k.endswith(".safetensors")}
-    assert record.digest == straight.digest == Record.load(tmp_path / "out").digest
-    assert not list((tmp_path / "out").glob("*scratch*"))
-
-
 def test_seconds_before_a_kill_count(llama: Path, text: Path, tmp_path: Path) -> None:
     recipe = a_recipe(llama, tmp_path / "out", text, method="mse", options={})
     quantize(recipe)
@@ -295,3 +255,17 @@ def test_positions_that_are_learned_and_few_words(text: Path, tmp_path: Path) ->
         options={"e2e": {"steps": 1, "batch_size": 2}},
     )
     assert math.isfinite(quantize(recipe).finetune["after"])
+
+
+def test_one_sample_is_judged_by_pieces_of_it(llama: Path, text: Path, tmp_path: Path) -> None:
+    calib = Calib(dataset=str(text), nsamples=1, seqlen=64, piece=32)
+    recipe = a_recipe(llama, tmp_path / "out", text, method="lwc+e2e", calib=calib)
+    asked: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        drawn = finetune._drawn
+        patch.setattr(finetune, "_drawn", lambda samples, *rest: asked.append(samples) or drawn(samples, *rest))
+        quantize(recipe)
+    assert asked == [2]
+    for few in ({"method": "rtn+e2e"}, {"calib": replace(calib, seqlen=32)}):
+        with pytest.raises(UserError, match=r"nsamples=1 is too few for '.*', which is judged by samples"):
+            Job.prepare(replace(recipe, out=str(tmp_path / "new"), **few))

@@ -40,7 +40,7 @@ def peak_bytes(
     cut = in_pieces(plan, recipe)
     parts = [outside + 10 * sum(map(math.prod, largest))]  # a block as it is read, in fp32, quantized, and its codes
     if plan.calibrates:
-        parts.append(outside + _learning(plan, cut, ckpt, largest, size))
+        parts.append(outside + _learning(plan, cut, ckpt, largest, device, size))
         if recipe.calib.written:
             parts.append(BASE_BYTES + writing_bytes(ckpt, cut.calib.seqlen, device))
         if plan.finetune is not None:
@@ -65,7 +65,7 @@ def gpu_bytes(
     largest = max(shapes.values(), key=lambda found: sum(math.prod(shape) for shape in found))
     size = named_dtype(recipe.tune.dtype, device).itemsize
     cut, stream = in_pieces(plan, recipe), _stream(recipe, ckpt, size)
-    parts = [_resident(ckpt), _learning(plan, cut, ckpt, largest, size) - _streams(plan) * stream]
+    parts = [_resident(ckpt), _learning(plan, cut, ckpt, largest, device, size) - _streams(plan) * stream]
     if recipe.calib.written:
         parts.append(writing_bytes(ckpt, cut.calib.seqlen, device))
     if plan.finetune is not None:
@@ -96,7 +96,14 @@ def _resident(ckpt: Checkpoint) -> float:
     return sum(sizes) * ckpt.dtype.itemsize
 
 
-def _learning(plan: Plan, recipe: Recipe, ckpt: Checkpoint, shapes: Sequence[tuple[int, int]], size: int) -> float:
+def _learning(
+    plan: Plan,
+    recipe: Recipe,
+    ckpt: Checkpoint,
+    shapes: Sequence[tuple[int, int]],
+    device: torch.device,
+    size: int,
+) -> float:
     """Return bytes of streams, the blocks in memory, a chain with its gradients, and one batch's activations.
 
     `size` is bytes of a number of the forward pass.
@@ -110,7 +117,7 @@ def _learning(plan: Plan, recipe: Recipe, ckpt: Checkpoint, shapes: Sequence[tup
     products = 4 * sum(columns**2 for _, columns in shapes) if reads else 0
     if plan.rounding is not None:
         products = max(products, 4 * 4 * max(columns for _, columns in shapes) ** 2)
-    activations = (1 + ahead) * _activations(ckpt, recipe, recipe.tune.batch_size, size)
+    activations = _activations(ckpt, recipe, recipe.tune.batch_size, size, device, blocks=1 + ahead)
     return streams + (1 + ahead) * weights * size + chain + products + activations
 
 
@@ -136,9 +143,9 @@ def _finetuning(
     memory += 2 * _stream(recipe, ckpt, size)
     states = step.batch_size * calib.seqlen * config.hidden_size * size
     if step.recompute:
-        memory += len(shapes) * states + _activations(ckpt, recipe, step.batch_size, size)
+        memory += len(shapes) * states + _activations(ckpt, recipe, step.batch_size, size, device)
     else:  # with the weights of every block, and their codes once more
-        memory += len(shapes) * _activations(ckpt, recipe, step.batch_size, size)
+        memory += _activations(ckpt, recipe, step.batch_size, size, device, blocks=len(shapes))
         memory += sum((1 + size) * math.prod(shape) for index in blocks for shape in shapes[index])
     largest = max(sum(math.prod(shape) for shape in found) for found in shapes.values())
     return memory + 4 * 6 * largest + 6 * 4 * vocabulary * finetune.logit_tokens(vocabulary, device)
@@ -160,10 +167,16 @@ def _evaluating(
     return models * (outside + states) + block + batch + 2 * models * predictions.LOGIT_BYTES
 
 
-def _activations(ckpt: Checkpoint, recipe: Recipe, batch_size: int, size: int) -> float:
-    """Return bytes that one block keeps of one batch for its backward pass."""
+def _activations(
+    ckpt: Checkpoint, recipe: Recipe, batch_size: int, size: int, device: torch.device, *, blocks: int = 1
+) -> float:
+    """Return bytes that blocks keep of one batch for their backward pass, and what that takes in one of them."""
     config, seqlen = ckpt.config.get_text_config(), recipe.calib.seqlen
     heads, each = getattr(config, "num_attention_heads", 1), 34 * size
     if recipe.scheme.activations < 16:
         each += 60  # what enters each linear, in fp32 before it is rounded
-    return each * batch_size * seqlen * config.hidden_size + kept_bytes(batch_size, heads, seqlen, itemsize=size)
+    kept, passing = kept_bytes(batch_size, heads, seqlen, itemsize=size), 0
+    if device.type != "cpu":  # torch's plain attention: all probabilities in fp32, and two more like them going back
+        kept = 4 * batch_size * heads * seqlen**2
+        passing = 2 * kept
+    return blocks * (each * batch_size * seqlen * config.hidden_size + kept) + passing

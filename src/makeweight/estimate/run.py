@@ -65,13 +65,13 @@ def estimate(
     windows: int = 0,
     solved: bool = False,
     left: Sequence[int] | None = None,
-    tuned: bool = False,
+    tuned: float = 0.0,
 ) -> Estimate:
     """Estimate a run from shapes, and time from this machine's own matrix-product rates, measured in a moment.
 
     `windows` is how many are evaluated; of what is `solved` only formats are still to be written. Time is that of the
-    blocks that are `left` (None: all), of passing those before them, and of learning the whole network where it is
-    not `tuned`. Raises UserError where the disk cannot hold the result.
+    blocks that are `left` (None: all), of passing those before them, and of learning the whole network but for
+    the share that is `tuned`. Raises UserError where the disk cannot hold the result.
     """
     shapes = {index: list(ckpt.linear_shapes(index).values()) for index in range(ckpt.n_blocks)}
     result = _disk(recipe, ckpt, shapes, blocks)

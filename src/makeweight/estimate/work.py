@@ -39,9 +39,9 @@ def solving_seconds(
     left: Sequence[int],
     device: torch.device,
     *,
-    tuned: bool,
+    tuned: float,
 ) -> float:
-    """Return the time until the weights are written: text, blocks that are left, and scales where none are `tuned`."""
+    """Return the time until the weights are written: text, blocks that are left, the network less a share `tuned`."""
     seconds = ckpt.stored_bytes() / READING
     if not plan.calibrates:
         return seconds
@@ -52,8 +52,8 @@ def solving_seconds(
     work += sum(_passing_work(plan, cut, ckpt, shapes[index]) for index in passed)
     if recipe.calib.written and left:
         work += _writing_work(cut, ckpt, shapes) / WRITING
-    if plan.finetune is not None and not tuned:
-        work += _finetune_work(plan.finetune, recipe, ckpt, shapes)
+    if plan.finetune is not None and tuned < 1:
+        work += _finetune_work(plan.finetune, recipe, ckpt, shapes, tuned)
     return seconds + work / _rate(cut, ckpt, largest, device)
 
 
@@ -101,9 +101,12 @@ def _block_work(plan: Plan, recipe: Recipe, ckpt: Checkpoint, shapes: Sequence[t
 
 
 def _finetune_work(
-    step: FinetuneStep, recipe: Recipe, ckpt: Checkpoint, shapes: dict[int, list[tuple[int, int]]]
+    step: FinetuneStep, recipe: Recipe, ckpt: Checkpoint, shapes: dict[int, list[tuple[int, int]]], tuned: float
 ) -> float:
-    """Return operations of steps (forward, perhaps that again, backward, grid, head), of the original, of checks."""
+    """Return operations of steps (forward, perhaps that again, backward, grid, head), of the original, of checks.
+
+    Of steps and checks a share `tuned` is behind; what the original predicts is asked again.
+    """
     config, calib = ckpt.config.get_text_config(), recipe.calib
     tokens = step.batch_size * calib.seqlen
     blocks = sum(block_flops(found, config.hidden_size, step.batch_size, calib.seqlen) for found in shapes.values())
@@ -111,8 +114,9 @@ def _finetune_work(
     head = 2 * tokens * config.hidden_size * config.vocab_size
     held = max(1, calib.samples // finetune.HELD_OUT)
     used, checked = min(calib.samples, held + step.steps * step.batch_size), (finetune.CHECKS + 1) * held
-    passes = used / step.batch_size * blocks / 3 + checked / step.batch_size * (blocks / 3 + 2 * head)
-    return step.steps * ((4 / 3 if step.recompute else 1) * (blocks + grid) + 3 * head) + passes
+    steps = step.steps * ((4 / 3 if step.recompute else 1) * (blocks + grid) + 3 * head)
+    steps += checked / step.batch_size * (blocks / 3 + 2 * head)
+    return (1 - tuned) * steps + used / step.batch_size * blocks / 3
 
 
 def _writing_work(recipe: Recipe, ckpt: Checkpoint, shapes: dict[int, list[tuple[int, int]]]) -> float:

@@ -117,14 +117,11 @@ class Folder:
         self, config: Mapping[str, Any], side_files: Sequence[Path], root: Path, texts: Mapping[str, str]
     ) -> None:
         """Drop scratch files, write the index, copy files from `root`, write texts, then config.json; mark it done."""
-        from safetensors import safe_open
-
-        for file in self.path.glob("*.scratch*"):
-            file.unlink()
         weight_map: dict[str, str] = {}
         for index in range(self.shards):
-            with safe_open(self.shard(index), framework="pt") as handle:
-                weight_map |= dict.fromkeys(handle.keys(), self.shard(index).name)
+            weight_map |= dict.fromkeys(_names(self.shard(index)), self.shard(index).name)
+        for file in self.path.glob("*.scratch*"):
+            file.unlink()
         size = sum(self.shard(index).stat().st_size for index in range(self.shards))
         self._write_json(INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
         copy_files(side_files, root, self.path)
@@ -138,15 +135,36 @@ class Folder:
         """What learning of the whole network reported, None before it is in every shard."""
         return (self.marker() or {}).get("finetuned")
 
+    @property
+    def refining(self) -> bool:
+        """Whether shards hold, or may hold, what was learned of the whole network."""
+        marker = self.marker() or {}
+        return bool(marker.get("refining")) or "finetuned" in marker
+
+    def holds(self, name: str) -> bool:
+        """Whether tensors were set aside under a name."""
+        return (self.path / name).is_file()
+
     def scratch(self, name: str) -> dict[str, Tensor] | None:
         """Return tensors that were set aside, or None."""
-        return _load(self.path / name) if (self.path / name).is_file() else None
+        return _load(self.path / name) if self.holds(name) else None
 
     def set_aside(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Keep tensors under a name until tuning is finished; the file appears whole or not at all."""
         part = self.path / f"{name}.part"
         save_tensors(tensors, part)
         _settle(part, self.path / name)
+
+    def begin_refining(self) -> None:
+        """Note that shards are about to take what was learned of the whole network."""
+        self._write_json(MARKER, {**(self.marker() or {}), "refining": True})
+
+    def forget(self, shards: Iterable[int], scratch: Iterable[str]) -> None:
+        """Drop shards and what was set aside, then, so that a run that dies forgets the rest, that refining began."""
+        for file in (*map(self.shard, shards), *(self.path / name for name in scratch)):
+            file.unlink(missing_ok=True)
+        marker = self.marker() or {}
+        self._write_json(MARKER, {key: marker[key] for key in marker.keys() - {"refining", "finetuned"}})
 
     def finish_tuning(self, report: Mapping[str, float]) -> None:
         """Note that every shard holds what was learned; `finish` drops what was set aside."""
@@ -211,6 +229,16 @@ def save_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: dict[str, 
 def damaged(file: Path) -> UserError:
     """Return what to say of a file of an unfinished run that is not what was written."""
     return UserError(f"{file} is not what was written: delete this one file, and the same command makes it again.")
+
+
+def _names(file: Path) -> list[str]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as handle:
+            return list(handle.keys())
+    except SafetensorError:
+        raise damaged(file) from None
 
 
 def _load(file: Path) -> dict[str, Tensor]:

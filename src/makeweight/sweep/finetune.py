@@ -231,6 +231,11 @@ class Finetune:
         self.descent = Descent(self.learnables(), self.step.steps)
 
 
+def steps_taken(state: Mapping[str, Tensor]) -> int:
+    """Return how many steps a state of `Finetune` has behind it."""
+    return int(state["progress"][0])
+
+
 def logit_tokens(vocabulary: int, device: torch.device) -> int:
     """Return for how many tokens logits are held at a time."""
     return max(LOGIT_BYTES // (4 * vocabulary), LEAST_TOGETHER if device.type == "cpu" else LEAST_ON_GPU)
