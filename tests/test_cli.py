@@ -129,7 +129,7 @@ def test_dry_run(ran: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
     assert main("quantize --model m --method rtn --nsamples 9 --dry-run".split()) == 0
     assert capsys.readouterr().err == "Not used by this run of rtn: --nsamples.\n"
     assert main("quantize --model m --dataset a.txt --eval-dataset ./a.txt --dry-run".split()) == 0
-    assert capsys.readouterr().err == "Measured on ./a.txt, which it is calibrated on: others lose more.\n"
+    assert capsys.readouterr().err == "Measured on ./a.txt, which it saw before: expect more loss on others.\n"
 
 
 @pytest.mark.parametrize(

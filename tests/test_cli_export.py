@@ -22,6 +22,7 @@ def test_export_and_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str], m
     assert main(["export", str(tmp_path / "out")]) == 0
     table = capsys.readouterr().out
     assert all(name in table for name in ("compressed-tensors", "dense", "exactly", "transformers"))
+    assert next(line for line in table.splitlines() if " awq " in line).split()[1] == "no:"
     assert not (tmp_path / "out-dense").exists()
 
     assert main(["export", str(tmp_path / "out"), "--format", "dense"]) == 0

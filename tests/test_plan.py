@@ -127,6 +127,7 @@ def test_impossible_methods(method: str, says: str) -> None:
             "learned rounding: descent 'sgd' is unknown: choose",
         ),
         ("lwc+e2e", {"e2e": {"batch_size": 0}}, "batch_size 0 must be at least 1"),
+        ("lwc+e2e", {"e2e": {"norms": "no"}}, "e2e.norms='no' is not possible: give true or false"),
         ("lwc+aug+cl", {"aug": {"weight": -1.0}}, "aug: weight -1.0 must be above 0"),
         ("lwc", {"lwc": {"rate": -0.2}}, "lwc.rate=-0.2 is not a rate: give a number that is not negative"),
         ("lwc+e2e", {"e2e": {"norm_rate": -1.0}}, "e2e.norm_rate=-1.0 is not a rate"),
@@ -139,6 +140,7 @@ def test_impossible_settings(method: str, settings: dict[str, dict[str, Any]], s
 def test_impossible_rates() -> None:
     assert "'sde', which is not part of 'lwc'" in refused("lwc", rates={"sde": 1e-3})
     assert "cl has no setting 'rate'" in refused("lwc+cl", rates={"cl": 1e-3})
+    assert "set it with --set e2e.norm_rate=VALUE" in refused("lwc+e2e", rates={"e2e.norm": 1e-3})
 
 
 @pytest.fixture(scope="module")

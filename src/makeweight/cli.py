@@ -24,9 +24,9 @@ from makeweight.paths import expanded
 from makeweight.recipe import Recipe, parse_blocks
 
 Formats = Annotated[
-    list[str] | None, typer.Option("--format", metavar="NAME,..", help="Write these formats beside the folder.")
+    list[str] | None, typer.Option("--format", metavar="NAME,..", help="Write these too; `export` lists them.")
 ]
-Settings = Annotated[list[str] | None, typer.Option("--set", metavar="METHOD.OPTION=VALUE", help="As sde.band=8.")]
+Settings = Annotated[list[str] | None, typer.Option("--set", metavar="NAME.OPTION=VALUE", help="See `methods NAME`.")]
 Trust = Annotated[bool | None, typer.Option("--trust-remote-code", help="Run the model's own code.")]
 app = typer.Typer(
     help="Quantize large language models to 2-8 bits after training.",
@@ -55,8 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _refuse(f"{place} gives an error ({error.strerror or error}): check path, permissions and free space.")
     except typer.TyperException as error:
         said = error.format_message().rstrip(".")
-        bare = words[0] == "quantize" and "extra argument" in said
-        return _refuse(f"{said}: name what it is, as in --model FOLDER." if bare else f"{said}.")
+        if words[0] == "quantize" and "extra argument" in said:
+            said += ": name what it is, as in --model FOLDER"
+        return _refuse(said if said.endswith("?") else f"{said}.")
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
@@ -117,7 +118,7 @@ def quantize(
     piece: Annotated[int | None, typer.Option(help="Tokens of a sample that a block learns on at once [256].")] = None,
     steps: Annotated[int | None, typer.Option("--steps", "--iters", help="Per block [240].")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Samples per step [2].")] = None,
-    lr: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="A method's learning rate.")] = None,
+    lr: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="A method's rate, as sde=1e-3.")] = None,
     option: Settings = None,
     eval_dataset: Annotated[list[str] | None, typer.Option(metavar="NAME", help="To evaluate on; repeat it.")] = None,
     no_eval: Annotated[bool, typer.Option("--no-eval", help="Do not evaluate.")] = False,
@@ -187,8 +188,7 @@ def export(
         if out is not None or push_to_hub is not None:
             raise UserError("--out and --push-to-hub need to know what to write: name it with --format.")
         answers = can_export(Solved(path))
-        rows = [(a.format, a.refusal or ("exactly" if a.exact else "rounded"), "; ".join(a.loads)) for a in answers]
-        _print_table(("format", f"holds {path.name}", "loads in"), rows)
+        _print_table(("format", f"holds {path.name}", "loads in"), [answer.words() for answer in answers])
         return
     done = run(path, wanted, out=out)
     columns = ("format", "MB", "linears", "other tensors", "furthest weight")
@@ -271,13 +271,13 @@ def inspect(
 
 
 @app.command()
-def methods() -> None:
-    """List every method with its stage and its source."""
-    from makeweight.methods.presets import COMPOSED, zoo
+def methods(
+    name: Annotated[str | None, typer.Argument(help="Methods joined by +: list what can be set of them.")] = None,
+) -> None:
+    """List every method with its stage and its source, or what can be set of some."""
+    from makeweight.report.tables import settings, zoo_table
 
-    rows = [(name, method.stage.name.lower(), method.summary, method.source) for name, method in zoo().items()]
-    rows += [(name, "", "+".join(composed.parts), composed.source) for name, composed in COMPOSED.items()]
-    _print_table(("method", "stage", "what it does", "source"), rows)
+    _print_table(*(zoo_table() if name is None else settings(name)))
 
 
 @app.command()

@@ -60,7 +60,7 @@ def remark(recipe: Recipe) -> None:
     if not recipe.tune.steps and compose(recipe.method).learns:
         print("With --steps 0 no block learns anything.", file=sys.stderr)
     if known := seen(recipe):
-        print(f"Measured on {' and '.join(known)}, which it is calibrated on: others lose more.", file=sys.stderr)
+        print(f"Measured on {' and '.join(known)}, which it saw before: expect more loss on others.", file=sys.stderr)
 
 
 def grid(

@@ -80,6 +80,8 @@ def compose(
         if name in COMPOSED and set(COMPOSED[name].parts) <= set(names):
             parts = ", ".join(COMPOSED[name].parts)
             raise UserError(f"a setting is given for {name!r}, which stands for {parts}: give it to one of these.")
+        if (part := name.partition(".")[0]) != name and part in names:
+            raise UserError(f"the rate of {name!r} is none of a method's own: set it with --set {name}_rate=VALUE.")
         if name not in names:
             raise UserError(
                 f"a setting is given for {name!r}, which is not part of {method!r}: add it or leave it out."
@@ -112,10 +114,16 @@ def _configured(name: str, step: Step, changes: Mapping[str, Any]) -> Step:
             )
         kind = type(known[key])
         if type(value) is not kind and not (kind is float and type(value) is int):
-            raise UserError(f"{name}.{key}={value!r} is not possible: give a value like {known[key]!r}.")
+            raise UserError(f"{name}.{key}={value!r} is not possible: give {_like(known[key])}.")
         if (key == "rate" or key.endswith("_rate")) and value < 0:
             raise UserError(f"{name}.{key}={value!r} is not a rate: give a number that is not negative.")
     return replace(step, **changes)
+
+
+def _like(known: Option) -> str:
+    if isinstance(known, bool):
+        return "true or false"
+    return f"a value like {known!r}"
 
 
 def _plan(method: str, steps: Mapping[str, Step]) -> Plan:
@@ -160,7 +168,9 @@ def check(plan: Plan, recipe: Recipe, ckpt: Checkpoint) -> range:
     blocks = chosen_blocks(recipe, ckpt.n_blocks)
     for name in plan.names:
         if zoo()[name].step.needs_edges and not ckpt.spec.edges:
-            raise UserError(f"method {name!r} cannot be used with {ckpt.name}: {NO_EDGES}.")
+            raise UserError(
+                f"method {name!r} cannot be used with {ckpt.name}: {NO_EDGES}; leave out let, scale and awq."
+            )
         if reason := zoo()[name].step.misfit(recipe.scheme):
             raise UserError(f"method {name!r} cannot be used at {recipe.scheme}: {reason}.")
     _check_alike(ckpt)

@@ -168,7 +168,7 @@ def find_device(name: str) -> torch.device:
         pass
     if name == "auto":
         raise UserError(f"device {wanted!r} is there and fails: give cpu, or install a torch that was built for it.")
-    raise UserError(f"device {name!r} cannot be used here: give auto, cpu, or a device that torch finds.")
+    raise UserError(f"device {name!r} cannot be used here: no such device works with this torch; give auto or cpu.")
 
 
 def _dry_run(model: nn.Module, blocks_path: str, probe_1T: Tensor, dtype: torch.dtype) -> tuple[dict[str, Any], ...]:

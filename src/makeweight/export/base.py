@@ -61,6 +61,8 @@ class Format(ABC):
 
     name: ClassVar[str]
     summary: ClassVar[str]
+    rounds_activations: ClassVar[bool] = False
+    """Whether what loads it rounds activations as the scheme says."""
 
     @abstractmethod
     def refusal(self, facts: Facts) -> str | None:

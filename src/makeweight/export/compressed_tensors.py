@@ -95,6 +95,7 @@ class CompressedTensors(HfFormat):
 
     name = "compressed-tensors"
     summary = "packed words of 2-8 bits, or int8 weights and activations"
+    rounds_activations = True
     parts = tuple(part for part in packed.PARTS if part != "weight_g_idx")
 
     def loads(self, facts: Facts) -> tuple[str, ...]:  # noqa: D102

@@ -44,6 +44,15 @@ class Answer:
     refusal: str
     exact: bool
     loads: tuple[str, ...]
+    weights_only: bool
+    """Whether activations, which the model rounds, stay as they are."""
+
+    def words(self) -> tuple[str, str, str]:
+        """Return the format, whether it holds the model, and what loads it then."""
+        if self.refusal:
+            return self.format, f"no: {self.refusal}", ""
+        held = "exactly" if self.exact else "rounded"
+        return self.format, held + (", its weights alone" if self.weights_only else ""), "; ".join(self.loads)
 
 
 def can_export(solved: Solved) -> list[Answer]:
@@ -54,6 +63,7 @@ def can_export(solved: Solved) -> list[Answer]:
             refusal=form.refusal(solved.facts) or "",
             exact=form.tolerance(solved.facts) == 0,
             loads=form.loads(solved.facts),
+            weights_only=solved.facts.scheme.activations < 16 and not form.rounds_activations,
         )
         for name, form in FORMATS.items()
     ]

@@ -29,7 +29,7 @@ def declared_bits(quantization: Mapping[str, Any], folder: str) -> tuple[int, ..
     layouts = {layout} if layout != "mixed-precision" else {group.get("format") for group in groups.values()}
     if method != "compressed-tensors" or len(layouts) != 1 or not layouts <= set(FORMATS):
         raise UserError(
-            f"{folder} is already quantized ({method}, format {layout}): "
+            f"{folder} is already quantized ({method}{f', format {layout}' if layout else ''}): "
             f"give an unquantized model, or one in compressed-tensors' {' or '.join(FORMATS)} format."
         )
     if any(entry.get("location") not in STORED for entry in _transforms(quantization)):
