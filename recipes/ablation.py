@@ -8,14 +8,13 @@ several may run at once with different methods.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 
 from benchmarks.common import WORK, data, evaluation
 from makeweight.models.gguf import demo_model
 from makeweight.numerics.scheme import Scheme
 from makeweight.recipe import Calib, Recipe, Tune
-from recipes.common import Results
+from recipes.common import Results, asked
 
 METHODS = ("rtn", "lwc", "lwc+lsi", "lwc+sde", "lwc+cl", "lwc+sde+cl")
 SCHEMES = ("W3A16g64", "W4A16")
@@ -42,7 +41,7 @@ def recipe(method: str, scheme: str, seed: int) -> Recipe:
 
 def main() -> None:
     """Run every cell whose result is not there yet, one seed after the other."""
-    results, methods = Results("ablation"), sys.argv[1:] or METHODS
+    results, methods = Results("ablation"), asked(__doc__, "METHOD") or METHODS
     for seed in SEEDS:
         for scheme in SCHEMES:
             for method in methods:

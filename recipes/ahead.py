@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from benchmarks.common import WORK
 from recipes.ablation import recipe
-from recipes.common import Results
+from recipes.common import Results, asked
 
 METHOD = "lwc+sde+cl"
 SETTINGS: tuple[tuple[str, int, int, float], ...] = (
@@ -28,6 +28,7 @@ SETTINGS: tuple[tuple[str, int, int, float], ...] = (
 
 def main() -> None:
     """Run every setting whose result is not there yet, and print all."""
+    asked(__doc__)
     results = Results("ahead")
     for scheme, seed, ahead, decay in SETTINGS:
         name = f"{scheme}/{METHOD}/{seed}/ahead={ahead}/decay={decay}"

@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+import argparse
 import shutil
 import sys
 
 from benchmarks.common import RESULTS, Cells, divergences, perplexities
+from makeweight.errors import UserError
 from makeweight.pipeline import quantize
+from makeweight.plan import parts_of
 from makeweight.recipe import Recipe
+
+
+def asked(about: str | None, names: str = "") -> list[str]:
+    """Read a recipe's command line: --help, and methods where `names` says what they are called."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if names:
+        parser.add_argument("words", nargs="*", metavar=names, help="all where none is given")
+    words: list[str] = vars(parser.parse_args()).get("words", [])
+    for word in words:
+        try:
+            parts_of(word)
+        except UserError as error:
+            parser.error(str(error))
+    return words
 
 
 class Results(Cells):

@@ -15,7 +15,7 @@ from benchmarks.common import WORK, data, evaluation
 from makeweight.models.gguf import demo_model
 from makeweight.numerics.scheme import Scheme
 from makeweight.recipe import Calib, Recipe, Tune
-from recipes.common import Results
+from recipes.common import Results, asked
 
 METHODS = ("rtn", "lwc", "lwc+sde+cl")
 
@@ -35,6 +35,7 @@ def recipe(method: str) -> Recipe:
 
 def main() -> None:
     """Run every row whose result is not there yet."""
+    asked(__doc__)
     results = Results("core")
     for method in METHODS:
         results.run(method, recipe(method))

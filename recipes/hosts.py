@@ -10,7 +10,6 @@ benchmarks/results/hosts.json, and the table of what is there is printed at the 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from statistics import fmean
@@ -19,7 +18,7 @@ from typing import Any
 from benchmarks.common import WORK, evaluation, table
 from makeweight.plan import compose
 from recipes.ablation import recipe
-from recipes.common import Results
+from recipes.common import Results, asked
 
 RANGES = ("lwc", "omniquant", "awq", "gptq")
 """Hosts that learn ranges or scales at most."""
@@ -96,7 +95,8 @@ def tables(cells: Cells) -> str:
 
 def main() -> None:
     """Run every cell whose result is not there yet, and print the tables."""
-    hosts, results, shared = tuple(sys.argv[1:]) or (*RANGES, *LEARNING), Results("hosts"), Results("ablation").cells
+    hosts = tuple(asked(__doc__, "HOST")) or (*RANGES, *LEARNING)
+    results, shared = Results("hosts"), Results("ablation").cells
     for host, added, scheme, seed in every_cell(hosts):
         name = name_of(host, added, scheme, seed)
         if name in shared and results.cells.get(name) != shared[name]:

@@ -12,7 +12,7 @@ from benchmarks.common import WORK, data
 from makeweight.models.gguf import demo_model
 from makeweight.numerics.scheme import Scheme
 from makeweight.recipe import Calib, Eval, Option, Recipe, Tune
-from recipes.common import Results
+from recipes.common import Results, asked
 
 Settings = dict[str, dict[str, Option]]
 LWC = 0.2
@@ -30,6 +30,7 @@ GRID: list[tuple[str, Settings]] = [
 
 def main() -> None:
     """Run every setting whose result is not there yet, and print all."""
+    asked(__doc__)
     results = Results("rates")
     for method, options in GRID:
         name = " ".join([method, *(f"{part}.{key}={v}" for part, given in options.items() for key, v in given.items())])

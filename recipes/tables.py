@@ -5,7 +5,6 @@ python -m recipes.tables
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from benchmarks.common import RESULTS, ROOT, table
 from benchmarks.peers.table import DOMAINS, markdown
 from recipes import hosts
 from recipes.ablation import BLOCKS, CALIB, METHODS, TUNE
+from recipes.common import asked
 
 START, END = "<!-- results -->", "<!-- /results -->"
 Cells = dict[str, dict[str, Any]]
@@ -87,7 +87,7 @@ def protocol() -> str:
 
 def main() -> None:
     """Put the tables between the marks in README.md."""
-    argparse.ArgumentParser(prog="python -m recipes.tables", description=__doc__).parse_args()
+    asked(__doc__)
     parts = []
     for name, build in (("peers", markdown), ("core", core), ("ablation", ablation), ("hosts", hosts.tables)):
         file = RESULTS / f"{name}.json"
