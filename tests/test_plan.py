@@ -18,7 +18,7 @@ from makeweight.models.checkpoint import Checkpoint
 from makeweight.models.inspect import describe
 from makeweight.models.load import open_checkpoint
 from makeweight.numerics.scheme import Scheme
-from makeweight.plan import check, compose, fits, unused
+from makeweight.plan import check, compose, fits, settings, unused
 from makeweight.recipe import Calib, Eval, Recipe, Tune
 from tests.tiny import tiny_folder
 
@@ -261,3 +261,11 @@ def test_options_that_change_nothing_are_named() -> None:
     unread = "--dataset --nsamples --seqlen --batch-size --piece --steps --eval-windows"
     assert left_aside("rtn") == unread
     assert unused(Recipe(model="m", out="o", method="rtn")) == []
+
+
+def test_what_can_be_set_of_methods_is_given_as_it_is_written_in_an_option() -> None:
+    header, rows = settings("rtn+e2e")
+    assert header == ("--set", "default")
+    assert ("e2e.norms", "true") in rows and ("e2e.batch_size", "1") in rows
+    assert settings("rtn")[1] == []
+    assert {name.partition(".")[0] for name, _ in settings("omniquant")[1]} == {"let", "lwc"}

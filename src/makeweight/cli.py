@@ -275,7 +275,7 @@ def methods(
     name: Annotated[str | None, typer.Argument(help="Methods joined by +: list what can be set of them.")] = None,
 ) -> None:
     """List every method with its stage and its source, or what can be set of some."""
-    from makeweight.report.tables import settings, zoo_table
+    from makeweight.plan import settings, zoo_table
 
     _print_table(*(zoo_table() if name is None else settings(name)))
 

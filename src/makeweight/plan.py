@@ -1,4 +1,4 @@
-"""From "a+b+c" to steps by stage, and every reason why a run cannot work, before any work."""
+"""From "a+b+c" to steps by stage, every reason why a run cannot work, before any work, and what there is to choose."""
 
 from __future__ import annotations
 
@@ -240,6 +240,20 @@ def _check_alike(ckpt: Checkpoint) -> None:
                 f"{ckpt.name} cannot be quantized: its blocks differ, {other[0]} is in one of blocks 0 and {index} "
                 "only; use a model whose blocks hold the same linears."
             )
+
+
+def zoo_table() -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Return header and rows: every method with its stage, what it does and where it is from."""
+    rows = [(name, method.stage.name.lower(), method.summary, method.source) for name, method in zoo().items()]
+    rows += [(name, "", "+".join(composed.parts), composed.source) for name, composed in COMPOSED.items()]
+    return ("method", "stage", "what it does", "source"), rows
+
+
+def settings(method: str) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Return header and rows: what can be set of the parts of a method, and what it is where nothing is said."""
+    steps = {name: zoo()[name].step for name in parts_of(method)}
+    found = [(f"{name}.{item.name}", getattr(step, item.name)) for name, step in steps.items() for item in fields(step)]
+    return ("--set", "default"), [(name, str(value).lower()) for name, value in found]
 
 
 def fits(description: Mapping[str, Any]) -> dict[str, str | None]:

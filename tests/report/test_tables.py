@@ -11,7 +11,7 @@ from rich.console import Console
 
 from makeweight.evals.perplexity import Perplexity
 from makeweight.report.record import Cost, Record
-from makeweight.report.tables import compare, settings, show
+from makeweight.report.tables import compare, show
 
 
 def measured(**perplexities: float) -> tuple[Perplexity, ...]:
@@ -117,11 +117,3 @@ def test_a_narrow_terminal_loses_no_number() -> None:
     assert "lwc+sde+cl" in whole or "lwc" in whole
     text = " ".join(" ".join(line) for line in printed(a_record(), width=60))
     assert all(number in text for number in ("12.50", "8.25", "3.30", "123.5", "61", "2345"))
-
-
-def test_what_can_be_set_of_methods_is_given_as_it_is_written_in_an_option() -> None:
-    header, rows = settings("rtn+e2e")
-    assert header == ("--set", "default")
-    assert ("e2e.norms", "true") in rows and ("e2e.batch_size", "1") in rows
-    assert settings("rtn")[1] == []
-    assert {name.partition(".")[0] for name, _ in settings("omniquant")[1]} == {"let", "lwc"}

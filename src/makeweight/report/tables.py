@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 
 from rich import box
@@ -70,25 +69,6 @@ def evaluated(
         ]  # fmt: skip
         header = ("original", "KL", "same top", "tokens")
     return ("dataset", "perplexity", *header), [(*a, *b) for a, b in zip(first, rows, strict=True)]
-
-
-def zoo_table() -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Return header and rows: every method with its stage, what it does and where it is from."""
-    from makeweight.methods.presets import COMPOSED, zoo
-
-    rows = [(name, method.stage.name.lower(), method.summary, method.source) for name, method in zoo().items()]
-    rows += [(name, "", "+".join(composed.parts), composed.source) for name, composed in COMPOSED.items()]
-    return ("method", "stage", "what it does", "source"), rows
-
-
-def settings(method: str) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Return header and rows: what can be set of the parts of a method, and what it is where nothing is said."""
-    from makeweight.methods.presets import zoo
-    from makeweight.plan import parts_of
-
-    steps = {name: zoo()[name].step for name in parts_of(method)}
-    found = [(f"{name}.{item.name}", getattr(step, item.name)) for name, step in steps.items() for item in fields(step)]
-    return ("--set", "default"), [(name, str(value).lower()) for name, value in found]
 
 
 def is_table(value: object) -> bool:
