@@ -123,6 +123,8 @@ def test_probabilities_that_attention_keeps_are_counted(
     monkeypatch.setattr(attention, "KEPT_BYTES", 0)
     batch, heads, tokens = recipe.tune.batch_size, ckpt.config.num_attention_heads, recipe.calib.seqlen
     assert with_them - of(recipe, ckpt, method="lwc").memory_bytes == batch * heads * tokens**2
+    cpu, gpu = (memory._activations(ckpt, recipe, 2, 2, torch.device(kind), blocks=3) for kind in ("cpu", "cuda"))
+    assert gpu - cpu == (3 + 2) * 4 * 2 * heads * tokens**2, "in fp32 for three blocks, and two more for one of them"
 
 
 def test_disk_follows_the_bits(recipe: Recipe, ckpt: Checkpoint) -> None:
