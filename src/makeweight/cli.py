@@ -173,7 +173,7 @@ def export(
     out: Annotated[
         Path | None, typer.Option("--out", "--output-dir", help="Folder for one folder per format [beside PATH].")
     ] = None,
-    push_to_hub: Annotated[str | None, typer.Option(metavar="USER/NAME", help="Upload; several as NAME-FORMAT.")] = None,
+    push_to_hub: Annotated[str | None, typer.Option(metavar="USER/NAME", help="Upload; several: NAME-FORMAT.")] = None,
 ) -> None:
     """Write other formats; without --format, say which fit."""
     from makeweight.export.hub import push
