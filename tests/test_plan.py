@@ -140,7 +140,8 @@ def test_impossible_settings(method: str, settings: dict[str, dict[str, Any]], s
 def test_impossible_rates() -> None:
     assert "'sde', which is not part of 'lwc'" in refused("lwc", rates={"sde": 1e-3})
     assert "cl has no setting 'rate'" in refused("lwc+cl", rates={"cl": 1e-3})
-    assert "set it with --set e2e.norm_rate=VALUE" in refused("lwc+e2e", rates={"e2e.norm": 1e-3})
+    assert "use --set e2e.norm_rate=VALUE" in refused("lwc+e2e", rates={"e2e.norm": 1e-3})
+    assert "'e2e.nrom', which is not part of 'lwc+e2e'" in refused("lwc+e2e", rates={"e2e.nrom": 1e-3})
 
 
 @pytest.fixture(scope="module")

@@ -18,12 +18,13 @@ from makeweight.sweep.finetune import Finetune
 from tests.runs import files, interrupted, small
 
 pytestmark = pytest.mark.usefixtures("known_rate")
-SETTINGS = {"steps": 60, "batch_size": 2, "rate": 2e-2, "rounding": True, "rounding_rate": 0.03}
-SHARD = "model-00003-of-00004.safetensors"
+SETTINGS = {"steps": 60, "batch_size": 2, "rate": 3e-3, "rounding": True, "rounding_rate": 0.03}
+FIRST, SECOND = "model-00003-of-00004.safetensors", "model-00004-of-00004.safetensors"
+"""The shards of the two blocks that are quantized."""
 
 
 def a_recipe(model: Path, out: Path, text: Path, **changes: Any) -> Recipe:
-    given = {"method": "mse+e2e", "options": {"e2e": SETTINGS}, "eval": Eval(datasets=(), seqlen=64), **changes}
+    given = {"method": "lwc+e2e", "options": {"e2e": SETTINGS}, "eval": Eval(datasets=(), seqlen=64), **changes}
     return small(model, out, text, **given)
 
 
@@ -31,7 +32,8 @@ def a_recipe(model: Path, out: Path, text: Path, **changes: Any) -> Recipe:
 def straight(llama: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that nothing disturbed."""
     out = tmp_path_factory.mktemp("straight") / "out"
-    quantize(a_recipe(llama, out, text, blocks=(1, 3)))
+    told = quantize(a_recipe(llama, out, text, blocks=(1, 3))).finetune
+    assert told["best_step"] > 0 and told["after"] < told["before"], "else shards are the same before and after"
     return out
 
 
@@ -74,10 +76,10 @@ def test_killed_on_the_way(
 @pytest.mark.parametrize(
     ("owner", "name", "call", "lost"),
     [
-        (Store, "refine", 1, SHARD),
-        (Store, "refine", 2, SHARD),
+        (Store, "refine", 1, FIRST),
+        (Store, "refine", 2, SECOND),
         (Store, "refine", 2, LEARNED),
-        (Folder, "finish", 1, SHARD),
+        (Folder, "finish", 1, FIRST),
     ],
 )
 def test_a_file_that_is_lost_once_shards_hold_what_was_learned(
@@ -113,8 +115,8 @@ def test_one_shard_is_enough_while_the_network_learns(llama: Path, text: Path, s
     """Shards are as they were solved until then: only what is lost is made again."""
     recipe = a_recipe(llama, tmp_path / "out", text, blocks=(1, 3))
     killed(recipe, Finetune, "_learn", 30)
-    (tmp_path / "out" / SHARD).unlink()
-    kept = tmp_path / "out" / SHARD.replace("3", "4", 1)
+    (tmp_path / "out" / FIRST).unlink()
+    kept = tmp_path / "out" / SECOND
     before = kept.stat().st_mtime_ns
     killed(recipe, Finetune, "_learn", 1)
     assert kept.stat().st_mtime_ns == before

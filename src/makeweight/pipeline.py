@@ -132,7 +132,8 @@ class Run:
         folder, shards = self.folder, [index + 1 for index in self.job.blocks]
         told = folder.finetuned is not None or folder.holds(LEARNED)
         if folder.refining and not (told and all(folder.report(shard) is not None for shard in shards)):
-            print(f"{folder.path} lost a file while it was finished: its blocks are solved anew.", file=sys.stderr)
+            lost = "lost a file while it was finished: its blocks are solved anew, in as much time as at first"
+            print(f"{folder.path} {lost}.", file=sys.stderr)
             folder.forget(shards, (LEARNED, STATE))
 
     def written(self, tokens_NT: Tensor) -> tuple[Tensor, float]:

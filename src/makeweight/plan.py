@@ -80,8 +80,9 @@ def compose(
         if name in COMPOSED and set(COMPOSED[name].parts) <= set(names):
             parts = ", ".join(COMPOSED[name].parts)
             raise UserError(f"a setting is given for {name!r}, which stands for {parts}: give it to one of these.")
-        if (part := name.partition(".")[0]) != name and part in names:
-            raise UserError(f"the rate of {name!r} is none of a method's own: set it with --set {name}_rate=VALUE.")
+        part, _, rest = name.partition(".")
+        if part in names and hasattr(known[part].step, f"{rest}_rate"):
+            raise UserError(f"{part} has one rate of its own, and {name!r} is another: use --set {name}_rate=VALUE.")
         if name not in names:
             raise UserError(
                 f"a setting is given for {name!r}, which is not part of {method!r}: add it or leave it out."
@@ -169,7 +170,7 @@ def check(plan: Plan, recipe: Recipe, ckpt: Checkpoint) -> range:
     for name in plan.names:
         if zoo()[name].step.needs_edges and not ckpt.spec.edges:
             raise UserError(
-                f"method {name!r} cannot be used with {ckpt.name}: {NO_EDGES}; leave out let, scale and awq."
+                f"method {name!r} cannot be used with {ckpt.name}: {NO_EDGES}; use none of let, omniquant, scale, awq."
             )
         if reason := zoo()[name].step.misfit(recipe.scheme):
             raise UserError(f"method {name!r} cannot be used at {recipe.scheme}: {reason}.")
