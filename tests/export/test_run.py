@@ -58,6 +58,14 @@ def test_every_format_that_says_yes_writes_and_reads_back(solved: Path, tmp_path
             assert not (tmp_path / answer.format).exists()
 
 
+def test_what_holds_weights_alone_is_named_as_it_is_written(
+    solved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export_model(solved, ["dense", "compressed-tensors"], out=tmp_path)
+    said = "Only weights are held by dense: activations, which W8A8 has rounded to 8 bits, stay as they are there.\n"
+    assert capsys.readouterr().err == (said if solved.name == "W8A8" else "")
+
+
 def test_a_full_disk_is_named_by_the_folder_and_leaves_nothing(
     solved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import zip_longest
@@ -63,10 +64,14 @@ def can_export(solved: Solved) -> list[Answer]:
             refusal=form.refusal(solved.facts) or "",
             exact=form.tolerance(solved.facts) == 0,
             loads=form.loads(solved.facts),
-            weights_only=solved.facts.scheme.activations < 16 and not form.rounds_activations,
+            weights_only=_weights_only(form, solved.facts),
         )
         for name, form in FORMATS.items()
     ]
+
+
+def _weights_only(form: Format, facts: Facts) -> bool:
+    return facts.scheme.activations < 16 and not form.rounds_activations
 
 
 def export_model(path: str | Path, formats: Sequence[str], *, out: str | Path | None = None) -> list[Exported]:
@@ -89,6 +94,10 @@ def export_model(path: str | Path, formats: Sequence[str], *, out: str | Path | 
 def write_formats(solved: Solved, formats: Sequence[str], *, out: str | Path | None = None) -> list[Exported]:
     """Do what `export_model` does, for a caller that keeps other processes out of the solved folder itself."""
     targets = check(solved.path, formats, solved.facts, identity=solved.identity, out=out)
+    alone = [form.name for form, _ in targets if _weights_only(form, solved.facts)]
+    if alone:
+        rounded = f"activations, which {solved.path.name} has rounded to {solved.facts.scheme.activations} bits"
+        print(f"Only weights are held by {', '.join(alone)}: {rounded}, stay as they are there.", file=sys.stderr)
     written = [(form, target, _sound(target, solved)) for form, target in targets]
     for _, target, found in written:
         if found is None and (others := manifest.strangers(target)):
