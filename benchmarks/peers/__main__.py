@@ -2,13 +2,14 @@
 
     python -m benchmarks.peers [--settings W4A16,W3A16g64] [--runs NAME,...] [--threads N] [--retry]
     python -m benchmarks.peers --smoke
-    python -m benchmarks.peers --speed ROUNDS [--blocks 4]
+    python -m benchmarks.peers --speed ROUNDS [--blocks 4] [--pair best]
     python -m benchmarks.peers --table
 
 Every run is a process of its own, one at a time, ours and theirs in turn. Results go to benchmarks/results/peers.json
 cell by cell, and a cell that is there is not run again; a run of ours that was stopped goes on. --smoke proves in
 minutes that every program runs here: one setting, few samples, two steps, results thrown away. --speed compares time
-and memory at equal steps and tokens on the first blocks of the model. --table prints what is there.
+and memory with auto-round's on the first blocks of the model, at equal steps and tokens or those of an effort of ours
+and its recipe. --table prints what is there.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from benchmarks.common import RESULTS, WORK, Cells
 from benchmarks.peers.child import BrokenRunError
 from benchmarks.peers.race import Terms, Track, race
 from benchmarks.peers.runs import SETTINGS, SMOKE_SETTINGS, entries
-from benchmarks.peers.speed import speed, summary
+from benchmarks.peers.speed import PAIRS, speed, summary
 from benchmarks.peers.table import markdown
 from makeweight.errors import UserError
 
@@ -42,8 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.speed is not None:
             track = Track(replace(Terms.full(args.threads), blocks=args.blocks), WORK / "speed")
             results = Cells(RESULTS / "speed.json")
-            speed(results, track, args.speed)
-            print(summary(results.cells, track))
+            speed(results, track, args.speed, PAIRS[args.pair])
+            print(summary(results.cells, track, PAIRS[args.pair]))
             return 0
         settings = split(args.settings) or (SMOKE_SETTINGS if args.smoke else SETTINGS)
         chosen = entries(settings, split(args.runs))
@@ -75,14 +76,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of every run and of the evaluation")
     parser.add_argument("--retry", action="store_true", help="run again what failed or had other options")
     parser.add_argument("--smoke", action="store_true", help="only prove that every program runs")
-    parser.add_argument("--speed", type=int, metavar="ROUNDS", help="equal steps, so many times in turn")
+    parser.add_argument("--speed", type=int, metavar="ROUNDS", help="ours and auto-round, so many times in turn")
+    parser.add_argument("--pair", choices=PAIRS, default="equal", help="of --speed: equal steps, or efforts")
     parser.add_argument("--blocks", type=int, default=4, help="of the model of --speed, of its 30")
     parser.add_argument("--table", action="store_true", help="print the results as Markdown and run nothing")
     args = parser.parse_args(argv)
     if args.threads < 1:
         parser.error("give at least one thread")
     if args.speed is not None and (args.speed < 1 or args.settings or args.runs or args.retry or args.smoke):
-        parser.error("--speed takes a number of rounds, and of the other options --blocks and --threads alone")
+        parser.error("--speed takes a number of rounds, and of the other options --pair, --blocks and --threads alone")
+    if args.speed is None and args.pair != "equal":
+        parser.error("--pair is of --speed: give that, too")
     if not 1 <= args.blocks <= 30:
         parser.error("give --blocks a number from 1 to 30")
     return args
