@@ -35,8 +35,6 @@ PROMPT = 32
 """Tokens of a given sample that a piece goes on from."""
 TOGETHER = 64
 """Pieces that are written at once: fewer take longer, and more only more memory (LOG.md)."""
-TOKENS_KEPT = 16
-"""Tokens after which freed memory goes back: keys and values are laid out anew for each, and fit no earlier place."""
 
 Tick = Callable[[int, int], None]
 
@@ -97,12 +95,12 @@ def _dtype(device: torch.device) -> torch.dtype:
 
 
 def writing_bytes(ckpt: Checkpoint, seqlen: int, device: torch.device) -> float:
-    """Return bytes of the model, of keys and values of pieces written together (twice, as they grow), of logits."""
+    """Return bytes of the model, of keys and values of pieces written together, of logits."""
     config = ckpt.config.get_text_config()
     weights = sum(map(math.prod, ckpt.parameters().values()))
     heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", 1)
     wide = getattr(config, "head_dim", None) or config.hidden_size // getattr(config, "num_attention_heads", 1)
-    cache = 2 * 2 * ckpt.n_blocks * TOGETHER * min(PIECE, seqlen) * heads * wide
+    cache = 2 * ckpt.n_blocks * TOGETHER * min(PIECE, seqlen) * heads * wide
     return (weights + cache) * _dtype(device).itemsize + 6 * 4 * TOGETHER * config.vocab_size
 
 
@@ -123,13 +121,13 @@ def _starts(
     return given_NT[chosen, :prompt], words[drawn]
 
 
-def _continue(model: torch.nn.Module, start_PL: Tensor, length: int, generator: torch.Generator) -> Tensor:
+def _continue(model: PreTrainedModel, start_PL: Tensor, length: int, generator: torch.Generator) -> Tensor:
     """Draw tokens until pieces are `length` long, int64 (P, L)."""
-    found, past, step_PL = [start_PL], None, start_PL
+    from makeweight.models.cache import sized_cache  # brings transformers
+
+    found, past, step_PL = [start_PL], sized_cache(model.config, length), start_PL
     last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    for number in range(length - start_PL.shape[1]):
-        if number % TOKENS_KEPT == 0:
-            release_freed_memory()
+    for _ in range(length - start_PL.shape[1]):
         answer = model(input_ids=step_PL, past_key_values=past, use_cache=True, **last_only)
         past = getattr(answer, "past_key_values", None)
         if past is None:
