@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import Gemma2PreTrainedModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from makeweight.models import attention
 from makeweight.models.attention import _attention, speed_up
-from tests.tiny import FAMILIES, tiny_model
+from makeweight.models.load import open_checkpoint
+from tests.tiny import FAMILIES, tiny_folder, tiny_model
 
 
 def _logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
@@ -112,6 +114,24 @@ def test_elsewhere_than_on_a_processor_slopes_are_added_up_in_one_order(monkeypa
     assert allowed == [(False,) * 3, (True,) * 3]
 
 
-def test_a_soft_cap_is_refused_as_transformers_refuses_it() -> None:
-    with pytest.raises(ValueError, match="softcap"):
-        _attention(_Layer(), *_inputs(), None, softcap=30.0)
+def test_a_soft_cap_is_left_to_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some of its releases refuse it, others leave it out."""
+    seen: list[Any] = []
+
+    def answer(*_: Any, **named: Any) -> tuple[Tensor, None]:
+        seen.append(named["softcap"])
+        return torch.empty(0), None
+
+    monkeypatch.setattr("transformers.integrations.sdpa_attention.sdpa_attention_forward", answer)
+    _attention(_Layer(), *_inputs(), None, softcap=30.0)
+    assert seen == [30.0]
+
+
+def test_scores_that_are_capped_are_computed_where_the_cap_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever a release of transformers says that the class can do."""
+    monkeypatch.setattr(Gemma2PreTrainedModel, "_supports_sdpa", True)
+    ckpt = open_checkpoint(tiny_folder("gemma2", tmp_path))
+    assert ckpt.config.attn_logit_softcapping is not None
+    assert ckpt.skeleton().config._attn_implementation == "eager"

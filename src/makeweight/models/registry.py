@@ -67,7 +67,9 @@ def empty_model(config: PretrainedConfig, *, trust_remote_code: bool = False) ->
     from transformers import AutoModelForCausalLM
 
     cls = None if trust_remote_code and hasattr(config, "auto_map") else model_class(config)
-    sdpa = bool(getattr(cls, "_supports_sdpa", False))
+    # transformers 5.18 and earlier offer "sdpa" for Gemma 2 as well, and it leaves the cap out without a word.
+    capped = getattr(config, "attn_logit_softcapping", None) is not None
+    sdpa = bool(getattr(cls, "_supports_sdpa", False)) and not capped
     try:
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(
