@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,15 @@ def test_killed_on_the_way(
     ],
 )
 def test_a_file_that_is_lost_once_shards_hold_what_was_learned(
-    owner: type, name: str, call: int, lost: str, llama: Path, text: Path, straight: Path, tmp_path: Path
+    owner: type,
+    name: str,
+    call: int,
+    lost: str,
+    llama: Path,
+    text: Path,
+    straight: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Blocks behind it were solved behind shards that are gone: all are solved again, and learned on again."""
     recipe, out = a_recipe(llama, tmp_path / "out", text, blocks=(1, 3)), tmp_path / "out"
@@ -94,20 +103,32 @@ def test_a_file_that_is_lost_once_shards_hold_what_was_learned(
         quantize(recipe)
     file.unlink()
     killed(recipe, Path, "unlink", 2)  # dies as it forgets
+    capsys.readouterr()
     quantize(recipe)
+    assert "Solving 2 blocks will take" in capsys.readouterr().err
     the_same(out, straight)
+
+
+def test_whose_a_folder_is_comes_before_what_is_damaged_in_it(llama: Path, text: Path, tmp_path: Path) -> None:
+    recipe, state = a_recipe(llama, tmp_path / "out", text), tmp_path / "out" / STATE
+    killed(recipe, Finetune, "_learn", 30)
+    state.write_bytes(state.read_bytes()[:-1])
+    with pytest.raises(UserError, match="belongs to a run with another recipe"):
+        quantize(replace(recipe, seed=1))
+    with pytest.raises(UserError, match=f"{state} is not what was written"):
+        quantize(recipe)
 
 
 def test_what_is_left_is_estimated(llama: Path, text: Path, tmp_path: Path) -> None:
     recipe = a_recipe(llama, tmp_path / "out", text)
-    whole = Job.prepare(recipe).estimate.seconds
+    whole = Job.prepare(recipe).estimate().seconds
     killed(recipe, Finetune, "_learn", 1)
-    begun = Job.prepare(recipe).estimate.seconds
+    begun = Job.prepare(recipe).estimate().seconds
     killed(recipe, Finetune, "_learn", 30)  # two of five states are there
     assert (tmp_path / "out" / STATE).is_file()
-    half = Job.prepare(recipe).estimate.seconds
+    half = Job.prepare(recipe).estimate().seconds
     killed(recipe, Store, "refine", 2)
-    learned = Job.prepare(recipe).estimate.seconds
+    learned = Job.prepare(recipe).estimate().seconds
     assert whole > begun > half > learned
 
 

@@ -51,7 +51,8 @@ class Job:
     plan: Plan
     blocks: range
     device: torch.device
-    estimate: Estimate
+    windows: int
+    """How many windows of text are evaluated."""
     tokens_NT: Tensor | None
     """The calibration samples as blocks see them; None where nothing needs any."""
     whole_NT: Tensor | None
@@ -80,20 +81,6 @@ class Job:
             tokens_NT, whole_NT = behind(start, drawn_NT.reshape(-1, length)), behind(start, drawn_NT)
         check_tokens(ckpt, *texts, *([] if whole_NT is None else [whole_NT]))
         check_replay(ckpt.skeleton(), ckpt.spec.blocks)
-        folder = Folder(expanded(recipe.out), ckpt.n_blocks + 1)
-        missing = tuple(name for name in recipe.formats if not target_of(folder.path, name, None).is_dir())
-        unwritten = replace(recipe, formats=missing)
-        expected = estimate(
-            plan,
-            unwritten,
-            ckpt,
-            blocks,
-            device,
-            windows=sum(map(len, texts)),
-            solved=folder.done,
-            left=[index for index in blocks if folder.report(index + 1) is None],
-            tuned=_tuned(plan, folder),
-        )
         job = cls(
             recipe=recipe,
             cut=cut,
@@ -101,31 +88,52 @@ class Job:
             plan=plan,
             blocks=blocks,
             device=device,
+            windows=sum(map(len, texts)),
             tokens_NT=tokens_NT,
             whole_NT=whole_NT,
-            estimate=expected,
         )
         run = job.claimant()
         check_owner(recipe.out, run)
         check_formats(expanded(recipe.out), recipe.formats, job.facts(), identity=run.identity)
+        job.estimate()  # refuses what the disk cannot hold
         return job
+
+    def estimate(self) -> Estimate:
+        """Return what the rest of the run will take; what its folder holds by now is done.
+
+        Raises UserError where the disk cannot hold the result.
+        """
+        recipe, folder = self.recipe, Folder(expanded(self.recipe.out), self.ckpt.n_blocks + 1)
+        missing = tuple(name for name in recipe.formats if not target_of(folder.path, name, None).is_dir())
+        return estimate(
+            self.plan,
+            replace(recipe, formats=missing),
+            self.ckpt,
+            self.blocks,
+            self.device,
+            windows=self.windows,
+            solved=folder.done,
+            left=[index for index in self.blocks if folder.report(index + 1) is None],
+            tuned=_tuned(self.plan, folder),
+        )
 
     def outlook(self) -> str:
         """Say what weights become and what that takes, and where it is more than this machine has."""
-        said = f"Weights of {self.recipe.scheme.words()}. {self.estimate.sentence()}"
+        expected = self.estimate()
+        said = f"Weights of {self.recipe.scheme.words()}. {expected.sentence()}"
         if self.device.type == "cpu" and crowded():
             said += " Other programs are at work here: alone it takes less time."
         if fast_dtype(self.dtype, self.device) != self.dtype:
             said += f" This device only emulates {self.recipe.tune.dtype}: tune.dtype=auto is many times faster."
-        return said + self._too_little_memory()
+        return said + self._too_little_memory(expected)
 
-    def _too_little_memory(self) -> str:
+    def _too_little_memory(self, expected: Estimate) -> str:
         """Say where a run takes more than this machine has, or learning more than its GPU."""
         if self.device.type == "cpu":
-            there, wanted = machine_memory(), self.estimate.memory_bytes
+            there, wanted = machine_memory(), expected.memory_bytes
             words, less = "This machine has only", "fewer or shorter samples (--nsamples, --seqlen)"
         elif self.device.type == "cuda":
-            there, wanted = torch.cuda.get_device_properties(self.device).total_memory, self.estimate.gpu_bytes
+            there, wanted = torch.cuda.get_device_properties(self.device).total_memory, expected.gpu_bytes
             words, less = "Its GPU has only", "shorter samples (--seqlen) or a smaller --batch-size"
             if self.plan.finetune is not None:
                 less = "shorter samples (--seqlen), or a method without e2e,"

@@ -79,6 +79,7 @@ class Run:
         """Do what is missing, and return the record of the whole."""
         job, folder = self.job, self.folder
         if not folder.done:
+            self._begin_again()
             print(job.outlook(), file=sys.stderr)
             self.solve()
             self.finetune()
@@ -98,7 +99,6 @@ class Run:
 
     def solve(self) -> None:
         """Write every shard that is missing."""
-        self._begin_again()
         job, folder = self.job, self.folder
         solver, store = job.solver(), job.store(folder)
         sweep, seconds = None, 0.0

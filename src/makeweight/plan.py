@@ -118,7 +118,10 @@ def _configured(name: str, step: Step, changes: Mapping[str, Any]) -> Step:
             raise UserError(f"{name}.{key}={value!r} is not possible: give {_like(known[key])}.")
         if (key == "rate" or key.endswith("_rate")) and value < 0:
             raise UserError(f"{name}.{key}={value!r} is not a rate: give a number that is not negative.")
-    return replace(step, **changes)
+    try:
+        return replace(step, **changes)
+    except UserError as error:  # a step does not know by which name it is asked for
+        raise UserError(f"{name}: {error}") from error
 
 
 def _like(known: Option) -> str:

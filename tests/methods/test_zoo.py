@@ -264,13 +264,13 @@ def test_losses_weigh_the_block_itself_and_those_ahead() -> None:
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda: Sde(band=-1), "sde: band -1 and lead 0 cannot be negative; use 0"),
+        (lambda: Sde(band=-1), "band -1 and lead 0 cannot be negative; use 0"),
         (lambda: Sde(lead=-2), "lead -2 cannot be negative"),
-        (lambda: Sde(drift=0.0), "sde: drift 0.0 must lie between 0 and 1"),
-        (lambda: Sde(drift=float("nan")), "sde: drift nan"),
-        (lambda: CrossLayer(ahead=0), "cl: ahead 0 must be at least 1"),
+        (lambda: Sde(drift=0.0), "drift 0.0 must lie between 0 and 1"),
+        (lambda: Sde(drift=float("nan")), "drift nan"),
+        (lambda: CrossLayer(ahead=0), "ahead 0 must be at least 1"),
         (lambda: CrossLayer(decay=-1.0), "decay -1.0 above 0"),
-        (lambda: Augmented(weight=0.0), "aug: weight 0.0 must be above 0"),
+        (lambda: Augmented(weight=0.0), "weight 0.0 must be above 0"),
     ],
 )
 def test_refusals_are_sentences(make: type[Sde], says: str) -> None:

@@ -205,7 +205,7 @@ def test_recomputing_changes_nothing_but_memory(llama: Path, text: Path, tmp_pat
     for recompute in (True, False):
         options = {"e2e": {**ROUNDING["e2e"], "recompute": recompute}}
         recipe = a_recipe(llama, tmp_path / str(recompute), text, options=options)
-        said.append(Job.prepare(recipe).estimate.memory_bytes)
+        said.append(Job.prepare(recipe).estimate().memory_bytes)
         digests.append(quantize(recipe).digest)
     assert digests[0] == digests[1]
     assert said[0] < said[1]

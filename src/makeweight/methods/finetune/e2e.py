@@ -149,7 +149,7 @@ class E2e(FinetuneStep):
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch_size < 1:
-            raise UserError(f"e2e: steps {self.steps} and batch_size {self.batch_size} must be at least 1.")
+            raise UserError(f"steps {self.steps} and batch_size {self.batch_size} must be at least 1.")
 
     @property
     def weight_bytes(self) -> int:  # noqa: D102

@@ -38,7 +38,7 @@ class Gptq(RoundStep):
 
     def __post_init__(self) -> None:
         if not 0 < self.damp <= 1:
-            raise UserError(f"gptq: damp {self.damp} must lie between 0 and 1, a share of the diagonal's mean.")
+            raise UserError(f"damp {self.damp} must lie between 0 and 1, a share of the diagonal's mean.")
 
     def conflicts(self, others: tuple[Step, ...]) -> str | None:  # noqa: D102
         if any(isinstance(other, Rounding) for other in others):

@@ -95,11 +95,11 @@ class Rounding(GridStep):
     damp: float = 0.0
 
     def __post_init__(self) -> None:
-        check_start("learned rounding", self.start)
+        check_start(self.start)
         if self.descent not in ("adam", "sign"):
-            raise UserError(f"learned rounding: descent {self.descent!r} is unknown: choose adam or sign.")
+            raise UserError(f"descent {self.descent!r} is unknown: choose adam or sign.")
         if not (0 <= self.own <= 1 and self.damp >= 0):
-            raise UserError(f"learned rounding: own {self.own} must lie between 0 and 1, damp {self.damp} not below 0.")
+            raise UserError(f"own {self.own} must lie between 0 and 1, damp {self.damp} not below 0.")
 
     @property
     def by_flips(self) -> bool:  # noqa: D102

@@ -54,9 +54,9 @@ def _shares(least: float, step: float) -> list[float]:
     return [1 - step * i for i in range(int((1 - least) / step + 1e-9) + 1)]
 
 
-def _check_shares(name: str, least: float, step: float) -> None:
+def _check_shares(least: float, step: float) -> None:
     if not (0 < least <= 1 and 0 < step < 1):
-        raise UserError(f"{name}: least {least} and step {step} must lie between 0 and 1.")
+        raise UserError(f"least {least} and step {step} must lie between 0 and 1.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,8 +73,8 @@ class MseRange(GridStep):
 
     def __post_init__(self) -> None:
         if not self.power > 0:
-            raise UserError(f"mse: power {self.power} must lie above 0; 2 is the squared error.")
-        _check_shares("mse", self.least, self.step)
+            raise UserError(f"power {self.power} must lie above 0; 2 is the squared error.")
+        _check_shares(self.least, self.step)
 
     def build(self, state: State, context: Context) -> FactorGrid:  # noqa: D102
         shares = _shares(self.least, self.step)
@@ -92,10 +92,10 @@ Start = Literal["mse", "range"]
 """Where learned ranges begin: at the least error of the weights, or at their full width."""
 
 
-def check_start(name: str, start: str) -> None:
-    """Raise UserError for a start of method `name` that there is not."""
+def check_start(start: str) -> None:
+    """Raise UserError for a start that there is not."""
     if start not in get_args(Start):
-        raise UserError(f"{name}: start {start!r} is unknown: choose {' or '.join(get_args(Start))}.")
+        raise UserError(f"start {start!r} is unknown: choose {' or '.join(get_args(Start))}.")
 
 
 def first_ranges(start: Start, state: State, context: Context) -> RangeGrid:
@@ -117,7 +117,7 @@ class InputClip(GridStep):
     step: float = 0.02
 
     def __post_init__(self) -> None:
-        _check_shares("clip", self.least, self.step)
+        _check_shares(self.least, self.step)
 
     def build(self, state: State, context: Context) -> Grid:  # noqa: D102
         inputs, shares = context.inputs, _shares(self.least, self.step)
@@ -145,7 +145,7 @@ class Percentile(GridStep):
 
     def __post_init__(self) -> None:
         if not 0.5 < self.share <= 1:
-            raise UserError(f"percentile: share {self.share} must lie above 0.5 and not above 1, the full range.")
+            raise UserError(f"share {self.share} must lie above 0.5 and not above 1, the full range.")
 
     def build(self, state: State, context: Context) -> Grid:  # noqa: D102
         return FactorGrid(_each(state, context, lambda _, part: quantile_factors(part, self.share)), context)
@@ -166,9 +166,9 @@ class Hqq(GridStep):
 
     def __post_init__(self) -> None:
         if not 0 < self.power < 1:
-            raise UserError(f"hqq: power {self.power} must lie between 0 and 1; mse is for larger ones.")
+            raise UserError(f"power {self.power} must lie between 0 and 1; mse is for larger ones.")
         if self.steps < 1:
-            raise UserError(f"hqq: steps {self.steps} must be at least 1.")
+            raise UserError(f"steps {self.steps} must be at least 1.")
 
     def misfit(self, scheme: Scheme) -> str | None:  # noqa: D102
         return f"it solves for zero-points, of which {scheme} has none; mse does not" if scheme.symmetric else None

@@ -85,7 +85,7 @@ class StepSize(GridStep):
     start: Start = "mse"
 
     def __post_init__(self) -> None:
-        check_start("stepsize", self.start)
+        check_start(self.start)
 
     def build(self, state: State, context: Context) -> Grid:  # noqa: D102
         return StepGrid(state, context, self)

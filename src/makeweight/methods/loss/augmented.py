@@ -20,4 +20,4 @@ class Augmented(TargetStep):
 
     def __post_init__(self) -> None:
         if self.weight <= 0:
-            raise UserError(f"aug: weight {self.weight} must be above 0.")
+            raise UserError(f"weight {self.weight} must be above 0.")

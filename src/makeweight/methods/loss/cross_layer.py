@@ -33,7 +33,7 @@ class CrossLayer(LossStep):
 
     def __post_init__(self) -> None:
         if self.ahead < 1 or self.decay <= 0:
-            raise UserError(f"cl: ahead {self.ahead} must be at least 1 and decay {self.decay} above 0.")
+            raise UserError(f"ahead {self.ahead} must be at least 1 and decay {self.decay} above 0.")
 
     def weights(self) -> tuple[float, ...]:  # noqa: D102
         return tuple(self.decay**k for k in range(self.ahead + 1))

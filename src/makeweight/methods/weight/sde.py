@@ -113,9 +113,9 @@ class Sde(MapStep):
 
     def __post_init__(self) -> None:
         if self.band < 0 or self.lead < 0:
-            raise UserError(f"sde: band {self.band} and lead {self.lead} cannot be negative; use 0 to leave one out.")
+            raise UserError(f"band {self.band} and lead {self.lead} cannot be negative; use 0 to leave one out.")
         if not 0 < self.drift <= 1:
-            raise UserError(f"sde: drift {self.drift} must lie between 0 and 1, a fraction of the weight's norm.")
+            raise UserError(f"drift {self.drift} must lie between 0 and 1, a fraction of the weight's norm.")
 
     def conflicts(self, others: tuple[Step, ...]) -> str | None:  # noqa: D102
         if any(isinstance(other, Sde) for other in others):
