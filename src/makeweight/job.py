@@ -13,7 +13,7 @@ from torch import Tensor
 from makeweight import __version__
 from makeweight.calib.capture import check_replay, find_device
 from makeweight.calib.data import behind, calibration_tokens, check_tokens, evaluation_texts
-from makeweight.estimate.run import Estimate, estimate
+from makeweight.estimate.run import Estimate, estimate, room
 from makeweight.export import compressed_tensors
 from makeweight.export.base import Facts
 from makeweight.export.claim import Claimant, check_place, deciding
@@ -95,19 +95,28 @@ class Job:
         run = job.claimant()
         check_owner(recipe.out, run)
         check_formats(expanded(recipe.out), recipe.formats, job.facts(), identity=run.identity)
-        job.estimate()  # refuses what the disk cannot hold
+        room(plan, job.unwritten(), ckpt, blocks, solved=job.folder().done)
         return job
+
+    def folder(self) -> Folder:
+        """Return where the result goes, as it is by now."""
+        return Folder(expanded(self.recipe.out), self.ckpt.n_blocks + 1)
+
+    def unwritten(self) -> Recipe:
+        """Return the recipe with those of its formats alone that are not there."""
+        out = self.folder().path
+        missing = tuple(name for name in self.recipe.formats if not target_of(out, name, None).is_dir())
+        return replace(self.recipe, formats=missing)
 
     def estimate(self) -> Estimate:
         """Return what the rest of the run will take; what its folder holds by now is done.
 
         Raises UserError where the disk cannot hold the result.
         """
-        recipe, folder = self.recipe, Folder(expanded(self.recipe.out), self.ckpt.n_blocks + 1)
-        missing = tuple(name for name in recipe.formats if not target_of(folder.path, name, None).is_dir())
+        folder = self.folder()
         return estimate(
             self.plan,
-            replace(recipe, formats=missing),
+            self.unwritten(),
             self.ckpt,
             self.blocks,
             self.device,

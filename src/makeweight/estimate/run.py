@@ -74,20 +74,26 @@ def estimate(
     the share that is `tuned`. Raises UserError where the disk cannot hold the result.
     """
     shapes = {index: list(ckpt.linear_shapes(index).values()) for index in range(ckpt.n_blocks)}
+    left = blocks if left is None else left
+    return Estimate(
+        seconds=solving_seconds(plan, recipe, ckpt, shapes, left, device, tuned=tuned),
+        memory_bytes=peak_bytes(plan, recipe, ckpt, shapes, blocks, device, windows=windows),
+        disk_bytes=room(plan, recipe, ckpt, blocks, solved=solved),
+        blocks=len(left),
+        evaluate_seconds=evaluation_seconds(recipe, ckpt, shapes, windows, device) if windows else 0.0,
+        gpu_bytes=0.0 if device.type == "cpu" else gpu_bytes(plan, recipe, ckpt, shapes, blocks, device),
+    )
+
+
+def room(plan: Plan, recipe: Recipe, ckpt: Checkpoint, blocks: range, *, solved: bool) -> float:
+    """Return bytes on disk of a run, where `solved` of its formats alone; raises UserError where there are fewer."""
+    shapes = {index: list(ckpt.linear_shapes(index).values()) for index in range(ckpt.n_blocks)}
     result = _disk(recipe, ckpt, shapes, blocks)
     disk = sum(_plain(ckpt) if name == DENSE else result for name in dict.fromkeys(recipe.formats))
     if not solved:
         disk += result + (_scratch(plan.finetune, recipe, shapes, blocks) if plan.finetune else 0)
     _check_disk(recipe, disk, solved=solved)
-    left = blocks if left is None else left
-    return Estimate(
-        seconds=solving_seconds(plan, recipe, ckpt, shapes, left, device, tuned=tuned),
-        memory_bytes=peak_bytes(plan, recipe, ckpt, shapes, blocks, device, windows=windows),
-        disk_bytes=disk,
-        blocks=len(left),
-        evaluate_seconds=evaluation_seconds(recipe, ckpt, shapes, windows, device) if windows else 0.0,
-        gpu_bytes=0.0 if device.type == "cpu" else gpu_bytes(plan, recipe, ckpt, shapes, blocks, device),
-    )
+    return disk
 
 
 def _check_disk(recipe: Recipe, disk: float, *, solved: bool) -> None:
