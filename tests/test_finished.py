@@ -41,6 +41,9 @@ def test_a_finished_run_needs_no_room(llama: Path, text: Path, tmp_path: Path, m
     assert stamps(tmp_path) == before, "nothing is written again, formats and manifests no more than weights"
     with pytest.raises(UserError, match="free some space"):
         quantize(replace(recipe, formats=("gptq", "dense")))
+    with pytest.raises(UserError, match="free some space"):
+        quantize(replace(recipe, out=str(tmp_path / "other")))
+    assert not (tmp_path / "other").exists(), "what cannot end is refused before anything is written"
 
 
 def stamps(folder: Path) -> dict[Path, int]:
