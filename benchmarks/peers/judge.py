@@ -35,28 +35,29 @@ def most_values(weight_OI: Tensor, group_size: int) -> int:
     return int((sorted_OGS.diff(dim=-1) != 0).sum(-1).max()) + 1
 
 
-def check_grid(ours: Checkpoint, original: Checkpoint, *, bits: int, group_size: int) -> dict[str, int]:
-    """Count the values in every group of the linears of three blocks; what is outside the blocks must be unchanged.
+def check_grid(ours: Checkpoint, original: Checkpoint, *, bits: int, group_size: int) -> dict[str, Any]:
+    """Count the values in every group of the blocks' linears, and name what else was changed in the blocks.
 
-    Weights that were rounded to the model's dtype keep their number of values or lose some. Raises ValueError for a
-    folder that is not what was asked for.
+    Weights that were rounded to the model's dtype keep their number of values or lose some; what is outside the blocks
+    must be unchanged. Raises ValueError for a folder that is not what was asked for.
     """
     before, after = dict(original.rest()), dict(ours.rest())
     for name, tensor in before.items():
         if not torch.equal(tensor, after[name]):
             raise ValueError(f"{name} is not quantized here and was changed.")
-    chosen = sorted({0, original.n_blocks // 2, original.n_blocks - 1})
-    found = 0
-    for block in chosen:
+    found, others, rounded = 0, set[str](), {f"{name}.weight" for name in original.linears()}
+    for block in range(original.n_blocks):
         weights, expected = ours.block_state(block), original.block_state(block)
-        for name in original.linears():
-            weight_OI = weights[f"{name}.weight"]
-            if weight_OI.dtype != expected[f"{name}.weight"].dtype:
-                raise ValueError(f"{name} of block {block} is {weight_OI.dtype}, not in the model's dtype.")
-            found = max(found, most_values(weight_OI, group_size))
+        for name in expected:
+            if weights[name].dtype != expected[name].dtype:
+                raise ValueError(f"{name} of block {block} is {weights[name].dtype}, not in the model's dtype.")
+            if name in rounded:
+                found = max(found, most_values(weights[name], group_size))
+            elif not torch.equal(weights[name], expected[name]):
+                others.add(name)
     if found > 2**bits:
         raise ValueError(f"a group holds {found} different values, and {bits} bits allow {2**bits}.")
-    return {"linears": len(chosen) * len(original.linears()), "most_values": found, "allowed": 2**bits}
+    return {"most_values": found, "allowed": 2**bits, "also_changed": sorted(others)}
 
 
 def judge(request: dict[str, Any]) -> dict[str, Any]:

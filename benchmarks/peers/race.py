@@ -19,6 +19,7 @@ from benchmarks.common import ROOT, Cells, data, evaluation, second_half
 from benchmarks.peers.child import BrokenRunError, Usage, environment, run
 from benchmarks.peers.programs import PROGRAMS, RUNNERS
 from benchmarks.peers.runs import Entry, Run
+from benchmarks.processor import processor
 from makeweight.errors import UserError
 from makeweight.numerics.scheme import Scheme
 
@@ -98,6 +99,7 @@ class Track:
             "calibration": f"{self.terms.nsamples} x {self.terms.seqlen} tokens, {self.material['digest']}",
             "seed": self.terms.seed,
             "load_before": round(load, 1),
+            "processor": processor(),
             **({"resumed": True} if again else {}),
             **asdict(usage),
             **answer,

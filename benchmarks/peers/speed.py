@@ -1,6 +1,6 @@
 """Ours and auto-round in turn, on the first blocks of the model, several times: what each takes on one machine.
 
-`equal` is learned rounding with sign descent in both, in 200 steps of 8 samples for each block; the other pairs are an
+`equal` is learned rounding with sign descent in both, in 200 steps of 8 whole samples for each block; the others are an
 effort of ours and the recipe of theirs that it is to be no slower than. Times are those of whole processes, from their
 start to the dense weights: what ours does once, writing samples and the loss at the head, weighs more on a few blocks
 than on the whole model. A round, in which who begins changes with each, is kept as a whole or not at all.
@@ -16,6 +16,7 @@ from typing import Any
 from benchmarks.common import Cells
 from benchmarks.peers.race import Track
 from benchmarks.peers.runs import RUNS, Entry
+from benchmarks.processor import processor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +35,7 @@ class Pair:
 
 
 PAIRS = {
-    "equal": Pair(ours="autoround", theirs="auto-round", setting="W3A16g64"),
+    "equal": Pair(ours="autoround", theirs="auto-round", setting="W3A16g64", mark="equal-"),
     "default": Pair(ours="makeweight-default", theirs="auto-round", setting="W2A16g64", mark="default-"),
     "best": Pair(ours="makeweight-best", theirs="auto-round-best", setting="W2A16g64", mark="best-"),
 }
@@ -50,7 +51,8 @@ def speed(results: Cells, track: Track, rounds: int, pair: Pair = PAIRS["equal"]
         load, cell = os.getloadavg()[0], {}
         for name in (pair.ours, pair.theirs) if number % 2 == 0 else (pair.theirs, pair.ours):
             cell[name] = track.took(Entry(name=f"{kind}-{name}", setting=pair.setting, run=RUNS[name]))
-        results.keep(key, {"load_before": round(load, 1), "setting": pair.setting, **cell})
+        about = {"load_before": round(load, 1), "processor": processor(), "setting": pair.setting}
+        results.keep(key, {**about, **cell})
 
 
 def summary(cells: Mapping[str, Mapping[str, Any]], track: Track, pair: Pair = PAIRS["equal"]) -> str:
@@ -62,5 +64,6 @@ def summary(cells: Mapping[str, Mapping[str, Any]], track: Track, pair: Pair = P
         memory = " and ".join(f"{one['peak_memory_mb'] / 1000:.2f}" for one in (ours, theirs))
         ratios = [ours[name] / theirs[name] for name in ("wall_seconds", "cpu_seconds")]
         said = "{:.2f} of its time, {:.2f} of its CPU time".format(*ratios)
-        lines.append(f"{pair.ours} and {pair.theirs}, {key}: {minutes} minutes, {memory} GB; {said}")
+        where = f" on {found}" if (found := cells[key].get("processor")) else ""
+        lines.append(f"{pair.ours} and {pair.theirs}, {key}{where}: {minutes} minutes, {memory} GB; {said}")
     return "\n".join(lines)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,8 +25,6 @@ DIVERGENCE_NOTE = (
     "KL is the divergence from the original's predictions, nats for each token, on the same two texts; a dash stands "
     "in rows from before it was measured."
 )
-FASTER = 1.2
-"""From which ratio of matrix-product rates on machines are called different."""
 EMPTY = ("-",) * (2 * len(DOMAINS) + 2 + len(COSTS))
 
 
@@ -41,8 +40,8 @@ def markdown(cells: Mapping[str, Mapping[str, Any]]) -> str:
         gaps = (*(f"g {name}" for name in DOMAINS.values()), "g later")
         header = (setting, "by", *DOMAINS.values(), *gaps, "KL", *COSTS)
         first = ["original", "", *(_number(original.get(name)) for name in DOMAINS), *EMPTY[len(DOMAINS) :]]
-        slower = _slower(setting, cells)
-        rows = [_row(name, cells[f"{setting}/{name}"], original, timed=name not in slower) for name in names]
+        untimed = _untimed(setting, cells)
+        rows = [_row(name, cells[f"{setting}/{name}"], original, timed=name not in untimed) for name in names]
         parts.append(table(header, [first, *rows]))
     return "\n\n".join([*parts, _notes(cells, order)])
 
@@ -88,12 +87,15 @@ def _notes(cells: Mapping[str, Mapping[str, Any]], order: Sequence[str]) -> str:
     samples = sorted({cell["calibration"].partition(",")[0] for cell in raced})
     lines = [f"- Calibration: {', '.join(samples) or '-'}; threads: {', '.join(map(str, threads)) or '-'}."]
     lines += [f"- {note}" for note in (GAP_NOTE, LATER_NOTE, DIVERGENCE_NOTE, COSTS_NOTE)]
-    lines += [
-        f"- Minutes of {', '.join(f'`{run}`' for run in runs)} at {setting} left out: of a slower or unknown machine, "
-        "or of a run that was stopped in between."
-        for setting in dict.fromkeys(cell["setting"] for cell in raced)
-        if (runs := _slower(setting, cells))
-    ]
+    for setting in dict.fromkeys(cell["setting"] for cell in raced):
+        if processor := _processor(setting, cells):
+            lines.append(f"- Minutes at {setting} are of {processor}.")
+        if runs := _untimed(setting, cells):
+            lines.append(
+                f"- Minutes of {', '.join(f'`{run}`' for run in runs)} at {setting} left out: of another or an unknown "
+                "processor, or of a run that was stopped in between."
+            )
+    lines += _changed(cells)
     lines += _remarks(cells, order)
     lines += [f"- Not run yet at {setting}: {', '.join(names)}." for setting, names in _missing(cells).items()]
     return "\n".join(lines)
@@ -108,6 +110,16 @@ def _missing(cells: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
         for setting in SETTINGS
     }
     return {setting: names for setting, names in found.items() if names}
+
+
+def _changed(cells: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Say which runs changed more of the blocks than their linears, as far as it is known."""
+    runs: dict[str, list[str]] = {}
+    for name, cell in cells.items():
+        if names := cell.get("grid", {}).get("also_changed"):
+            found, run = runs.setdefault(", ".join(f"`{name}`" for name in names), []), f"`{name.partition('/')[2]}`"
+            found += [] if run in found else [run]
+    return [f"- Besides linears, {', '.join(found)} changed {names}." for names, found in runs.items()]
 
 
 def _remarks(cells: Mapping[str, Mapping[str, Any]], order: Sequence[str]) -> list[str]:
@@ -125,15 +137,21 @@ def _remarks(cells: Mapping[str, Mapping[str, Any]], order: Sequence[str]) -> li
     return lines
 
 
-def _slower(setting: str, cells: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Return the runs whose times are no match for the others': machines differ from one day to another.
+def _processor(setting: str, cells: Mapping[str, Mapping[str, Any]]) -> str:
+    """Name the processor on which most runs of a setting were made, empty where it is known of none."""
+    named = Counter(
+        cell["processor"] for cell in cells.values() if cell.get("setting") == setting and "processor" in cell
+    )
+    return named.most_common(1)[0][0] if named else ""
 
-    Where some machines are known by their rate, one that is not counts as slower; so does a run that was resumed.
-    """
-    rates = {
-        name.partition("/")[2]: 0.0 if cell.get("resumed") else cell.get("rate_gflops") or 0.0
+
+def _untimed(setting: str, cells: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return the runs whose times are no match for the others': of another processor than most, or resumed."""
+    most = _processor(setting, cells)
+    return [
+        name.partition("/")[2]
         for name, cell in cells.items()
-        if cell.get("setting") == setting and "error" not in cell
-    }
-    fastest = max(rates.values(), default=0.0)
-    return [run for run, rate in rates.items() if FASTER * rate < fastest]
+        if cell.get("setting") == setting
+        and "error" not in cell
+        and (cell.get("resumed") or cell.get("processor", "") != most)
+    ]

@@ -98,9 +98,14 @@ class Job:
         room(plan, job.unwritten(), ckpt, blocks, solved=job.folder().done)
         return job
 
+    @property
+    def shards(self) -> int:
+        """How many files of weights the result has: one of what is outside the blocks, and one for each block."""
+        return self.ckpt.n_blocks + 1
+
     def folder(self) -> Folder:
         """Return where the result goes, as it is by now."""
-        return Folder(expanded(self.recipe.out), self.ckpt.n_blocks + 1)
+        return Folder(expanded(self.recipe.out), self.shards)
 
     def unwritten(self) -> Recipe:
         """Return the recipe with those of its formats alone that are not there."""

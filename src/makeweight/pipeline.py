@@ -44,7 +44,7 @@ def quantize(recipe: Recipe) -> Record:
     job = Job.prepare(recipe)
     if job.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(job.device)
-    folder = Folder.claim(recipe.out, job.claimant(), shards=job.ckpt.n_blocks + 1)
+    folder = Folder.claim(recipe.out, job.claimant(), shards=job.shards)
     with folder.alone(), _threads(folder):
         return Run(job, folder).finish()
 

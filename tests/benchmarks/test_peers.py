@@ -21,6 +21,7 @@ from benchmarks.peers.programs import RUNNERS
 from benchmarks.peers.race import is_left, race
 from benchmarks.peers.runs import ORIGINAL, OURS, RUNS, THEIRS, Entry, Run, entries
 from benchmarks.peers.table import markdown
+from benchmarks.processor import processor
 from makeweight.errors import UserError
 from makeweight.export.run import export_model
 from makeweight.models.load import open_checkpoint
@@ -135,11 +136,21 @@ def test_a_folder_is_held_to_the_grid(tmp_path: Path) -> None:
     written = export_model(solved, ["dense"], out=tmp_path)[0].path
     dense, original = open_checkpoint(written), open_checkpoint(source)
     found = check_grid(dense, original, bits=3, group_size=32)
-    assert found["allowed"] == 8 and found["most_values"] == 8 and found["linears"] >= 14
+    assert found == {"allowed": 8, "most_values": 8, "also_changed": []}
     with pytest.raises(ValueError, match="2 bits allow 4"):
         check_grid(dense, original, bits=2, group_size=32)
     with pytest.raises(ValueError, match="different values"):
         check_grid(original, original, bits=3, group_size=32)
+    file = written / "model.safetensors"
+    weights = load_file(file)
+    weights["model.layers.1.input_layernorm.weight"][0] += 1
+    save_file(weights, file, {"format": "pt"})
+    changed = check_grid(open_checkpoint(written), original, bits=3, group_size=32)["also_changed"]
+    assert changed == ["input_layernorm.weight"]
+    weights["model.embed_tokens.weight"][0, 0] += 1
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(ValueError, match="is not quantized here and was changed"):
+        check_grid(open_checkpoint(written), original, bits=3, group_size=32)
 
 
 def test_weights_are_handed_over_in_the_dtypes_of_the_original(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,15 +210,40 @@ def test_table() -> None:
     (missing,) = (line for line in markdown(cells).splitlines() if line.startswith("- Not run yet at W2A16g64: "))
     assert "`auto-round-best`" in missing and "`lwc+sde+cl`" in missing and "`lwc`," not in missing
     assert all("auto-round-best" not in line for line in markdown(cells).splitlines() if "yet at W4A16" in line)
-    assert "slower" not in markdown(cells)
-    cells["W2A16g64/hqq"] |= {"rate_gflops": 400, "note": "its note"}
-    assert "Minutes of `lwc` at W2A16g64 left out: of a slower or unknown machine, or" in markdown(cells)
-    assert "0.500 / 0.250 | - | - | 1.2 |" in markdown(cells) and "- | 1.5 | 2.5 | 1.2 |" in markdown(cells)
-    cells["W2A16g64/lwc"] |= {"rate_gflops": 410, "resumed": True}
-    assert "Minutes of `lwc` at W2A16g64 left out" in markdown(cells)
-    del cells["W2A16g64/lwc"]["resumed"]
-    assert "slower" not in markdown(cells) and "- `hqq`: its note." in markdown(cells)
+
+
+def test_minutes_are_of_one_processor() -> None:
+    cost = {"wall_seconds": 90.0, "cpu_seconds": 150.0, "peak_memory_mb": 1234, "threads": 2}
+    cell = {"setting": "W2A16g64", "version": "1.2", "calibration": "128 x 512 tokens, abc", "program": "hqq", **cost}
+    shared = {**cell, "wikitext2": 40.0, "enwiki": 15.0}
+    cells = {ORIGINAL: {"wikitext2": 20.0, "enwiki": 15.0}, "W2A16g64/hqq": shared, "W2A16g64/lwc": dict(shared)}
+    assert "left out" not in markdown(cells) and "Minutes at" not in markdown(cells), "none is known of any"
+    cells["W2A16g64/hqq"] = {
+        **shared,
+        "processor": "fast",
+        "note": "its note",
+        "grid": {"also_changed": ["norm.weight"]},
+    }
+    said = markdown(cells)
+    assert "- Minutes at W2A16g64 are of fast." in said and "- `hqq`: its note." in said
+    assert "- Besides linears, `hqq` changed `norm.weight`." in said
+    assert "Minutes of `lwc` at W2A16g64 left out: of another or an unknown processor, or" in said
+    assert "| 0.000 | - | - | - | - | 1.2 |" in said and "| 0.000 | - | - | 1.5 | 2.5 | 1.2 |" in said
+    cells["W2A16g64/lwc"]["processor"] = "fast"
+    assert "left out" not in markdown(cells)
+    cells["W2A16g64/rtn"] = {**shared, "processor": "slow"}
+    assert "Minutes of `rtn` at W2A16g64 left out" in markdown(cells)
+    cells["W2A16g64/lwc"]["resumed"] = True
+    assert "Minutes of `lwc`, `rtn` at W2A16g64 left out" in markdown(cells)
     cells["W4A16/hqq"] = {**cells["W2A16g64/hqq"], "setting": "W4A16", "note": "its older note"}
     assert "- `hqq` at W2A16g64: its note.\n- `hqq` at W4A16: its older note." in markdown(cells)
-    cells["W2A16g64/lwc"] |= {"rate_gflops": 800}
-    assert "Minutes of `hqq` at W2A16g64 left out" in markdown(cells)
+
+
+def test_a_processor_is_named_by_what_multiplies(tmp_path: Path) -> None:
+    info = tmp_path / "cpuinfo"
+    first = (
+        "processor\t: 0\nmodel name\t: Some CPU\ncpu family\t: 26\nmodel\t\t: 2\nflags\t\t: avx2 avx512f avx512_bf16\n"
+    )
+    info.write_text(f"{first}\n{first.replace(' avx512_bf16', '')}")
+    assert processor(info) == "Some CPU (26/2, avx512_bf16)"
+    assert processor(tmp_path / "none") == ""

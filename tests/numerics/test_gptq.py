@@ -28,36 +28,46 @@ def of(scheme: Scheme):  # noqa: ANN201
     return lambda part_OS, _: qparams(*ranges(part_OS), scheme, torch.float32)
 
 
-def plain(weight_OI: Tensor, inverse_II: Tensor, scheme: Scheme, group: int) -> Tensor:
-    """Feed errors back one column at a time with the inverse of what is left, as the derivation has it; in order."""
-    weight_OI, inverse_II = weight_OI.clone(), inverse_II.clone()
+def plain(
+    weight_OI: Tensor, hessian_II: Tensor, scheme: Scheme, group: int, *, order: list[int], fixed: bool
+) -> Tensor:
+    """Feed errors back one column at a time with the inverse of what is left, as the derivation has it."""
+    weight_OI, left = weight_OI.clone(), set(order)
     out_OI = torch.empty_like(weight_OI)
-    scale_O = zero_O = torch.empty(0)
-    for i in range(weight_OI.shape[1]):
-        if i % group == 0:
-            scale_O, zero_O = of(scheme)(weight_OI[:, i : i + group], 0)
+    parts = [of(scheme)(part_OS, 0) for part_OS in weight_OI.split(group, 1)]
+    for i in order:
+        if not fixed and i % group == 0:
+            parts[i // group] = of(scheme)(weight_OI[:, i : i + group], 0)
+        scale_O, zero_O = parts[i // group]
         code_O = (weight_OI[:, i] / scale_O + zero_O).round().clamp(scheme.qmin, scheme.qmax)
         out_OI[:, i] = (code_O - zero_O) * scale_O
-        error_O = (weight_OI[:, i] - out_OI[:, i]) / inverse_II[i, i]
-        weight_OI -= error_O[:, None] * inverse_II[i]
-        weight_OI[:, : i + 1] = 0
-        inverse_II = inverse_II - torch.outer(inverse_II[:, i], inverse_II[i]) / inverse_II[i, i]
+        free = sorted(left)
+        inverse_FF = hessian_II[free][:, free].inverse()
+        own = free.index(i)
+        error_O = (weight_OI[:, i] - out_OI[:, i]) / inverse_FF[own, own]
+        weight_OI[:, free] -= error_O[:, None] * inverse_FF[own]
+        left.remove(i)
     return out_OI
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize(("width", "group"), [(48, 16), (48, 48), (320, 160), (288, 96), (260, 260)])
-def test_equals_the_derivation(width: int, group: int, symmetric: bool) -> None:
+@pytest.mark.parametrize(
+    ("act_order", "static_groups"), [(True, False), (False, True), (False, False)], ids=["act-order", "static", "live"]
+)
+def test_equals_the_derivation(width: int, group: int, symmetric: bool, act_order: bool, static_groups: bool) -> None:
     scheme = Scheme(bits=3, group_size=group, symmetric=symmetric)
     weight_OI, inputs_TI = a_layer(width)
     hessian_II = inputs_TI.T @ inputs_TI
     codes_OI, scale_OG, zero_OG, damp = feedback_codes(
-        weight_OI, hessian_II, scheme, group, of(scheme), act_order=False, damp=0.01
+        weight_OI, hessian_II, scheme, group, of(scheme), act_order=act_order, damp=0.01, static_groups=static_groups
     )
     assert damp == 0.01
     damped_II = hessian_II + 0.01 * hessian_II.diagonal().mean() * torch.eye(width, dtype=torch.float64)
     got_OI = ((codes_OI.unflatten(1, (-1, group)) - zero_OG[..., None]) * scale_OG[..., None]).flatten(1)
-    torch.testing.assert_close(got_OI, plain(weight_OI, damped_II.inverse(), scheme, group), rtol=1e-9, atol=1e-9)
+    order = sorted(range(width), key=lambda i: -float(hessian_II[i, i])) if act_order else list(range(width))
+    expected_OI = plain(weight_OI, damped_II, scheme, group, order=order, fixed=act_order or static_groups)
+    torch.testing.assert_close(got_OI, expected_OI, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("act_order", [False, True])

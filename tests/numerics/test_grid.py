@@ -129,8 +129,10 @@ class Round(torch.autograd.Function):
         return grads[0]
 
 
-def straight_through(weight: Tensor, low_factor: Tensor, high_factor: Tensor, scheme: Scheme) -> Tensor:
-    """The formula of the paper, left to autograd."""
+def straight_through(
+    weight: Tensor, low_factor: Tensor, high_factor: Tensor, offset: Tensor | None = None, *, scheme: Scheme
+) -> Tensor:
+    """The formula of the papers, left to autograd: clipping, and an offset of rounding where there is one."""
     view = weight.unflatten(1, (low_factor.shape[1], -1))
     low = view.amin(-1, keepdim=True).clamp(max=0) * low_factor.unsqueeze(-1)
     high = view.amax(-1, keepdim=True).clamp(min=0) * high_factor.unsqueeze(-1)
@@ -140,7 +142,8 @@ def straight_through(weight: Tensor, low_factor: Tensor, high_factor: Tensor, sc
     else:
         scale = (high - low) / steps
         zero = (scheme.qmin - low / scale).clamp(scheme.qmin, scheme.qmax).round().detach()
-    rounded: Any = Round.apply(view / scale + zero)
+    moved = view / scale if offset is None else view / scale + offset.view_as(view)
+    rounded: Any = Round.apply(moved + zero)
     return ((rounded.clamp(scheme.qmin, scheme.qmax) - zero) * scale).flatten(1)
 
 
@@ -148,14 +151,15 @@ def leaves(*tensors: Tensor) -> list[Tensor]:
     return [tensor.detach().double().clone().requires_grad_() for tensor in tensors]
 
 
-def assert_same_gradients(weight: Tensor, low: Tensor, high: Tensor, scheme: Scheme) -> None:
-    ours, theirs = leaves(weight, low, high), leaves(weight, low, high)
+def assert_same_gradients(weight: Tensor, low: Tensor, high: Tensor, *offset: Tensor, scheme: Scheme) -> None:
+    ours, theirs = leaves(weight, low, high, *offset), leaves(weight, low, high, *offset)
     pull = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    closed = clipped_grid(*ours, scheme, scale_dtype=torch.float64, dtype=torch.float64)  # pyright: ignore[reportCallIssue]
-    written_out = straight_through(*theirs, scheme)  # pyright: ignore[reportCallIssue]
+    kinds = {"scale_dtype": torch.float64, "dtype": torch.float64}
+    closed = clipped_grid(*ours[:3], scheme, **kinds, offset_OI=ours[3] if offset else None)
+    written_out = straight_through(*theirs, scheme=scheme)  # pyright: ignore[reportCallIssue]
     assert torch.equal(closed, written_out)
     got, want = torch.autograd.grad(closed, ours, pull), torch.autograd.grad(written_out, theirs, pull)
-    for name, a, b in zip(("weight", "low factor", "high factor"), got, want, strict=True):
+    for name, a, b in zip(("weight", "low factor", "high factor", "offset"), got, want, strict=False):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
 
 
@@ -169,8 +173,19 @@ def test_gradient_is_straight_through(bits: int, symmetric: bool, group: int) ->
     low, high = (0.6 + 0.39 * torch.rand(6, 48 // group, generator=generator, dtype=torch.float64) for _ in range(2))
     one_sided = weight.abs() + 0.1
     for matrix in (weight, one_sided, -one_sided):
-        assert_same_gradients(matrix, low, high, scheme)
-        assert_same_gradients(matrix, torch.ones_like(low), torch.ones_like(high), scheme)
+        assert_same_gradients(matrix, low, high, scheme=scheme)
+        assert_same_gradients(matrix, torch.ones_like(low), torch.ones_like(high), scheme=scheme)
+
+
+@pytest.mark.parametrize("symmetric", [False, True], ids=["asym", "sym"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_gradient_of_learned_rounding_is_straight_through(bits: int, symmetric: bool) -> None:
+    scheme = Scheme(bits=bits, group_size=16, symmetric=symmetric)
+    generator = torch.Generator().manual_seed(bits)
+    weight = torch.randn(6, 48, generator=generator, dtype=torch.float64)
+    low, high = (0.6 + 0.39 * torch.rand(6, 3, generator=generator, dtype=torch.float64) for _ in range(2))
+    offset = torch.rand(6, 48, generator=generator, dtype=torch.float64) - 0.5
+    assert_same_gradients(weight, low, high, offset, scheme=scheme)
 
 
 @pytest.mark.parametrize("symmetric", [False, True], ids=["asym", "sym"])
@@ -180,7 +195,7 @@ def test_weights_that_share_an_end_share_its_gradient(symmetric: bool) -> None:
     with_zeros = torch.tensor([0.0, 0.0, 1.1, 0.2, 0.7, 0.9, 1.1, 0.05], dtype=torch.float64)
     weight = torch.stack([row, -row, with_zeros, -with_zeros])
     low, high = torch.full((4, 1), 0.91), torch.full((4, 1), 0.87)
-    assert_same_gradients(weight, low, high, scheme)
+    assert_same_gradients(weight, low, high, scheme=scheme)
     (ours,) = leaves(weight)
     clipped_grid(ours, low.double(), high.double(), scheme, scale_dtype=torch.float64, dtype=torch.float64)[
         0, 3:

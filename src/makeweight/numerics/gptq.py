@@ -53,12 +53,13 @@ def feedback_codes(
     *,
     act_order: bool,
     damp: float,
+    static_groups: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, float]:
     """Return codes (O, I), scales and zero-points (O, G), and the damping used; all in the weights' float dtype.
 
-    With `act_order` the columns with the largest inputs come first, under ranges of the weights as they were; without,
-    columns come in order, and a group's range is taken from its weights as errors have left them when it is reached.
-    Inputs that are always zero get the code of zero.
+    With `act_order` the columns with the largest inputs come first; without, they come in order. With `static_groups`,
+    and with `act_order` always, a group's range is that of its weights as they were; without, of its weights as errors
+    have left them when it is reached. Inputs that are always zero get the code of zero.
     """
     weight_OI, hessian_II = weight_OI.clone(), hessian_II.clone()
     dead_I = hessian_II.diagonal() == 0
@@ -68,18 +69,18 @@ def feedback_codes(
     width = weight_OI.shape[1]
     order_I = hessian_II.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(width)
     order_I = order_I.to(weight_OI.device)
-    fixed = [ranges(part_OS, g) for g, part_OS in enumerate(weight_OI.split(group, 1))] if act_order else []
+    static = act_order or static_groups
+    groups = [ranges(part_OS, g) for g, part_OS in enumerate(weight_OI.split(group, 1))] if static else []
     weight_OI = weight_OI[:, order_I]
     upper_II, damp = feedback_factor(hessian_II[order_I][:, order_I], damp)
     codes_OI, group_of = torch.empty_like(weight_OI), (order_I // group).tolist()
-    groups: list[tuple[Tensor, Tensor]] = fixed
     size = _chunk(group)
     for start in range(0, width, size):
         end = min(start + size, width)
         part_OC, errors_OC = weight_OI[:, start:end].clone(), torch.zeros_like(weight_OI[:, start:end])
         for j in range(end - start):
             column = start + j
-            if not act_order and column % group == 0:
+            if not static and column % group == 0:
                 live_OS = part_OC[:, j : j + group] if group <= end - start else weight_OI[:, column : column + group]
                 groups.append(ranges(live_OS, column // group))
             scale_O, zero_O = groups[group_of[column]]

@@ -31,10 +31,13 @@ class Gptq(RoundStep):
     """Round linear by linear with the inputs that the quantized blocks before really give.
 
     `damp` is added to the diagonal, a share of its mean, and grows where it must; `act_order` takes large inputs first.
+    Groups keep the ranges of their first weights then, since files hold groups of inputs that lie together;
+    `static_groups` has them do so in the inputs' own order as well.
     """
 
     damp: float = 0.01
     act_order: bool = True
+    static_groups: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.damp <= 1:
@@ -54,7 +57,14 @@ class Gptq(RoundStep):
         of_group = grid.group_qparams(name, weight_OI)
         try:
             codes_OI, scale_OG, zero_OG, damp = feedback_codes(
-                weight_OI, hessian_II, context.scheme, group, of_group, act_order=self.act_order, damp=self.damp
+                weight_OI,
+                hessian_II,
+                context.scheme,
+                group,
+                of_group,
+                act_order=self.act_order,
+                damp=self.damp,
+                static_groups=self.static_groups,
             )
         except LinAlgError as error:
             raise UserError(f"gptq: {error} for {name}: give more or other calibration text.") from error
