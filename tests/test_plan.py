@@ -114,7 +114,11 @@ def test_impossible_methods(method: str, says: str) -> None:
         ("sde", {"sde": {"drift": True}}, "sde.drift=True is not possible"),
         ("lwc", {"lwc": {"logit": "big"}}, "lwc.logit='big' is not possible"),
         ("lwc", {"sde": {"band": 2}}, "a setting is given for 'sde', which is not part of 'lwc'"),
-        ("omniquant", {"omniquant": {"rate": 0.1}}, "'omniquant', which stands for let, lwc: give it to one of these"),
+        (
+            "omniquant",
+            {"omniquant": {"rate": 0.1}},
+            "'omniquant', which stands for scale, let, lwc: give it to one of these",
+        ),
         ("sde", {"sde": {"band": -1}}, "sde: band -1"),
         ("sde", {"sde": {"drift": 0.0}}, "sde: drift 0.0"),
         ("lwc+cl", {"cl": {"ahead": 0}}, "cl: ahead 0"),

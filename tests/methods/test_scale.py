@@ -24,6 +24,7 @@ from makeweight.sweep.inputs import Moments
 from tests.sweep.problem import CPU, Problem, problem
 from tests.tiny import FAMILIES, tiny_model
 
+NORMS = {"llama": "input_layernorm", "opt": "self_attn_layer_norm"}
 WITH_EDGES = [family for family in FAMILIES if family != "gpt-neox"]
 
 
@@ -81,13 +82,15 @@ def test_let_is_the_identity_before_learning() -> None:
         assert torch.equal(tensor, {**without(), **rest_of(case.blocks[0])}[name])
 
 
-def test_let_learns() -> None:
-    case = case_of("llama")
-    chain = chain_of(case, Let(rate=2e-2), maps=(Sde(band=2),))
-    report = case.fit(chain, steps=24).run()
-    assert report.error_after < 0.95 * report.error_before
-    let = next(group for group in chain.learnables() if group.name == "let.rate")
-    assert max(parameter.detach().abs().max() for parameter in let.params) > 0.01
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_let_learns_what_outliers_need(family: str) -> None:
+    """Alone, over plain rounding, at its own rate; one a hundred times smaller leaves 0.98 of the error or more."""
+    case = case_of(family, samples=24)
+    with torch.no_grad():
+        case.blocks[0].module.get_submodule(NORMS[family]).weight[:4] *= 30  # pyright: ignore[reportIndexIssue, reportOperatorIssue]
+    chain = chain_of(replace(case, context=replace(case.context, steps=48)), Let())
+    report = case.fit(chain, steps=48).run()
+    assert report.best_step > 0 and report.error_after < 0.8 * report.error_before
 
 
 def test_only_the_last_linear_of_the_mlp_is_left_out() -> None:

@@ -11,9 +11,13 @@ import torch
 from torch import Tensor
 
 from makeweight.errors import UserError
-from makeweight.methods.base import MapStep
+from makeweight.methods.base import GridStep, MapStep
 from makeweight.methods.grid.clip import Lwc, Rtn
+from makeweight.methods.grid.rounding import Rounding
+from makeweight.methods.grid.stepsize import StepSize
+from makeweight.methods.presets import PRESETS
 from makeweight.methods.weight.sde import Sde
+from makeweight.methods.weight.tune import Tune
 from makeweight.sweep.chain import Chain
 from makeweight.sweep.descent import FINAL_RATE, Descent
 from makeweight.sweep.fit import held_out
@@ -51,6 +55,27 @@ def test_lowers_the_held_out_error(case: Problem, steps: tuple[MapStep, ...], we
     assert report.error_after < (0.95 if steps else 0.99) * before
     assert report.error_after == pytest.approx(case.held_out_error(fit), rel=1e-6)
     assert report.best_step % 12 == 0 and report.best_step > 0 and report.halvings == 0
+
+
+LEARNERS: dict[str, tuple[tuple[MapStep, ...], GridStep]] = {
+    "lwc": ((), Lwc()),
+    "stepsize": ((), StepSize()),
+    "autoround": ((), Rounding()),
+    "autoround by AdamW": ((), Rounding(descent="adam")),
+    "flipround": ((), PRESETS["flipround"].step),  # pyright: ignore[reportAssignmentType]
+    "rtn+tune": ((Tune(),), Rtn()),
+    "efficientqat": ((Tune(),), StepSize()),
+    "rtn+sde": ((Sde(),), Rtn()),
+}
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+def test_each_learns_at_its_own_rate(case: Problem, name: str) -> None:
+    """A rate a hundred times too small would leave 0.97 of the error at the least."""
+    longer = replace(case, context=replace(case.context, steps=48))
+    steps, grid = LEARNERS[name]
+    report = longer.fit(longer.chain(*steps, grid=grid), steps=48).run()
+    assert report.best_step > 0 and report.error_after < 0.95 * report.error_before
 
 
 def test_the_same_input_has_a_target_of_its_own(case: Problem) -> None:

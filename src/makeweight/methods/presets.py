@@ -86,7 +86,9 @@ PRESETS: dict[str, Method] = {
 
 
 COMPOSED: dict[str, Composed] = {
-    "omniquant": Composed(parts=("let", "lwc"), source="arXiv 2308.13137"),
+    "omniquant": Composed(
+        parts=("scale", "let", "lwc"), source="arXiv 2308.13137; it starts let at SmoothQuant's scales"
+    ),
     "awq": Composed(parts=("scale", "clip"), source="arXiv 2306.00978"),
     "efficientqat": Composed(parts=("tune", "stepsize"), source="arXiv 2407.11062, its block-wise stage"),
 }

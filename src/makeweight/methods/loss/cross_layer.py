@@ -2,6 +2,12 @@
 
 CL lets errors of one block be compensated by what the following, still full-precision blocks make of them. Each
 judged place contributes its own relative error, so no block outweighs another because its activations are larger.
+
+Over other methods: CL is a loss and nothing else, so whatever learns by a block's loss can be judged by it, and what
+learns nothing (rtn, awq, gptq alone) has nothing to be judged and is refused. GPTQ that follows learning rounds linear
+by linear for each one's own outputs and cannot see ahead: it may spoil what CL had traded between blocks. So which
+codes stay, its own or the nearest, is decided by CL's loss on held-out samples (sweep/run.py). e2e has the loss of the
+whole network and comes after.
 Source: arXiv 2407.15508 (the idea, two layers ahead); decay, normalisation and defaults are ours.
 """
 
