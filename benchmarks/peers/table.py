@@ -18,8 +18,8 @@ COSTS_NOTE = (
 )
 GAP_NOTE = "g is the logarithm of a perplexity over the original's: 0 where nothing is lost, and less is better."
 LATER_NOTE = (
-    "g later is on as many windows from the second half of each text, at which nobody looked before; a dash stands in "
-    "rows from before there was such a column."
+    "g later is on as many windows from the second half of each text, which had no part in choosing methods or steps; "
+    "a dash stands in rows from before there was such a column."
 )
 DIVERGENCE_NOTE = (
     "KL is the divergence from the original's predictions, nats for each token, on the same two texts; a dash stands "
