@@ -160,6 +160,16 @@ def test_mse_is_nearer_than_rtn_in_every_group(symmetric: bool) -> None:
         assert error(grid, state, power) < 0.85 * error(plain, state, power)
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_fewer_bits_cut_more(bits: int) -> None:
+    state = {"normal": torch.randn(24, 128, generator=torch.Generator().manual_seed(0))}
+    where = context(Scheme(bits=bits, group_size=32))
+    share = {2: 0.95, 3: 0.99}.get(bits, 0.999)
+    ours, asked, plain = (step.build(state, where) for step in (Percentile(), Percentile(share=share), Rtn()))
+    assert error(ours, state, 2.0) == error(asked, state, 2.0)
+    assert bits > 3 or error(ours, state, 2.0) < 0.95 * error(plain, state, 2.0)
+
+
 def test_a_full_share_is_rtn() -> None:
     state, where = a_state(), context()
     for step in (MseRange(least=1.0), Percentile(share=1.0)):

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from makeweight.methods.base import BlockStep, Params
-from makeweight.methods.block.scale import Let, Scale, energy, into_down, lost, search
+from makeweight.methods.block.scale import TINY, Let, Scale, energy, into_down, lost, search
 from makeweight.methods.grid.clip import Rtn
 from makeweight.methods.grid.search import InputClip
 from makeweight.methods.weight.sde import Sde
 from makeweight.models.activations import inputs_rounded
 from makeweight.models.registry import spec_for
-from makeweight.models.rescale import per_reader
+from makeweight.models.rescale import per_reader, per_source
 from makeweight.numerics.errors import token_error
 from makeweight.numerics.scheme import Scheme
 from makeweight.sweep.block import Block
@@ -101,7 +101,7 @@ def test_only_the_last_linear_of_the_mlp_is_left_out() -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "opt"])
-def test_searched_scales_never_lose_more_at_the_readers(family: str) -> None:
+def test_searched_scales_are_the_best_of_all_exponents(family: str) -> None:
     case = case_of(family)
     block = case.blocks[0]
     params = join(block.state(), rest_of(block))
@@ -116,7 +116,12 @@ def test_searched_scales_never_lose_more_at_the_readers(family: str) -> None:
             found = [(params[f"{name}.weight"], inputs.moment(name)) for name in readers]
             return sum(float(lost(w, factors, moment, case.context) / energy(w, moment)) for w, moment in found)
 
-        assert error(columns_I) <= error(torch.ones(1))
+        square_C = per_source(inputs.moment(edge.dst[0]).diagonal(), spec, case.context.config, edge)
+        size_C = square_C.clamp(min=TINY).sqrt()  # relu leaves channels that are always zero
+        powers = [size_C.pow(-step / 20) for step in range(20)]
+        tried = [power_C * (1 / (power_C.max() * power_C.min()).sqrt()) for power_C in powers]
+        found = [error(per_reader(scale_C, spec, case.context.config, edge)) for scale_C in tried]
+        assert error(columns_I) == pytest.approx(min(found), rel=1e-5) and found[0] == error(torch.ones(1))
 
 
 def test_inputs_with_a_few_large_channels_are_what_scales_are_for() -> None:

@@ -242,12 +242,16 @@ class TargetStep(Step):
     weight: float = 1.0
 
 
+Target = Literal["logits", "text"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class FinetuneStep(Step):
     """A step that learns once all blocks are on their grid, by what the whole network gives.
 
-    `recompute` forgets a block's activations and computes them again in the backward pass: about a fifth more
-    time, for memory that hardly grows with depth. The result is the same.
+    `target` is what its predictions are held to: the original's `logits`, or the next token of the `text`. `recompute`
+    forgets a block's activations and computes them again in the backward pass: about a fifth more time, for memory that
+    hardly grows with depth. The result is the same.
     """
 
     stage: ClassVar[Stage] = Stage.FINETUNE
@@ -255,6 +259,7 @@ class FinetuneStep(Step):
     reads_inputs: ClassVar[bool] = True
     steps: int = 120
     batch_size: int = 1
+    target: Target = "logits"
     recompute: bool = True
 
     @abstractmethod

@@ -1,8 +1,8 @@
 """After the walk: what the quantized network may still learn as a whole, judged by the original's predictions.
 
-The original's last hidden states are computed once. The quantized network runs block by block with its activations
-recomputed in the backward pass, so that memory is that of all codes, which may be mapped from a file, the hidden
-states between blocks, and one block; a step may ask to keep activations instead.
+Or by the text, where a step asks for that. The original's last hidden states are computed once. The quantized network
+runs block by block with its activations recomputed in the backward pass, so that memory is that of all codes, which may
+be mapped from a file, the hidden states between blocks, and one block; a step may ask to keep activations instead.
 Shapes: N samples, B batch, T tokens, M = B * T, D hidden, C tokens at a time, V vocabulary.
 """
 
@@ -79,14 +79,16 @@ class Finetune:
         self.skeleton = speed_up(ckpt.skeleton()).requires_grad_(False)
         place(self.skeleton, device, context.dtype)
         captured = capture(self.skeleton, ckpt.spec.blocks, tokens_NT[used], dtype=context.dtype)
-        self.first_NTD, self.last_NTD = captured.hidden_NTD, captured.hidden_NTD.clone()
+        self.tokens_NT, self.first_NTD = tokens_NT[used], captured.hidden_NTD
+        self.last_NTD = captured.hidden_NTD.clone() if step.target == "logits" else None
         self.blocks: list[Block] = []
         self.parts = nn.ModuleDict()
         for index, kwargs in enumerate(captured.kwargs):
             module = ckpt.load_block(self.skeleton, index).requires_grad_(False)
             place(module, device, context.dtype)
             block = Block(index, module, ckpt.linears(), kwargs, context.scheme.activations)
-            advance(block, self.last_NTD, batch_size=AT_ONCE * step.batch_size, device=device, in_place=True)
+            if self.last_NTD is not None:
+                advance(block, self.last_NTD, batch_size=AT_ONCE * step.batch_size, device=device, in_place=True)
             if index in solved:
                 codes, rest = solved[index]
                 codes = {name: tensor.to(device) for name, tensor in codes.items()}
@@ -109,7 +111,8 @@ class Finetune:
     def run(self, save: Save | None = None, tick: Callable[[int, int], None] | None = None) -> dict[str, float]:
         """Learn, or go on learning, and leave everything in the best state seen, never worse than it began.
 
-        `save` gets what `restore` takes, several times. Returns what to report: nats of divergence on held-out text.
+        `save` gets what `restore` takes, several times. Returns what to report: losses on held-out text are nats for
+        each token.
         """
         every, began = -(-self.step.steps // CHECKS), time.perf_counter() - self.at.seconds
         if math.isnan(self.at.start):
@@ -187,7 +190,7 @@ class Finetune:
         return sum(self._loss(part).item() * len(part) for part in parts) / len(self.held_out)
 
     def _loss(self, index: Tensor) -> Tensor:
-        """Return the mean divergence of the predictions for some samples from the original's, in nats."""
+        """Return how far predictions for some samples are from what the step holds them to, nats for each token."""
         hidden_BTD, refinements = self.first_NTD[index].to(self.device), self.refinements()
         for block in self.blocks:
             part = refinements.get(block.index)
@@ -195,11 +198,14 @@ class Finetune:
                 hidden_BTD = checkpoint(_run, block, part, hidden_BTD, use_reentrant=False, preserve_rng_state=False)
             else:
                 hidden_BTD = _run(block, part, hidden_BTD)
-        tokens = hidden_BTD.shape[:2].numel()
-        last_MD = self.last_NTD[index].flatten(0, 1).to(self.device)
+        sought, loss = self.last_NTD, self._divergence
+        if sought is None:
+            hidden_BTD, sought, loss = hidden_BTD[:, :-1], self.tokens_NT[:, 1:], self._surprise
+        sought = sought[index].flatten(0, 1).to(self.device)
+        tokens = len(sought)
         chunk = logit_tokens(self.ckpt.config.get_text_config().vocab_size, self.device)
         chunk = min(chunk, hidden_BTD.shape[1])  # models with learned positions take no longer text
-        total = _InParts.apply(hidden_BTD.flatten(0, 1), last_MD, self._divergence, chunk)
+        total = _InParts.apply(hidden_BTD.flatten(0, 1), sought, loss, chunk)
         assert isinstance(total, Tensor)
         return total / tokens
 
@@ -210,6 +216,11 @@ class Finetune:
             for states in (ours_CD, theirs_CD)
         )
         return F.kl_div(ours_CV, theirs_CV, reduction="sum", log_target=True)
+
+    def _surprise(self, ours_CD: Tensor, next_C: Tensor) -> Tensor:
+        """Return the sum over tokens of the negative log probability of the token that comes next."""
+        logits_CV = finish(self.skeleton, self.ckpt.spec.blocks, ours_CD[None])[0].float()
+        return F.cross_entropy(logits_CV, next_C, reduction="sum")
 
     def _values(self) -> dict[str, Tensor]:
         return {name: value.detach().clone() for name, value in self.parts.named_parameters()}
@@ -257,13 +268,13 @@ class _InParts(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, ours_MD: Tensor, theirs_MD: Tensor, divergence: Callable[[Tensor, Tensor], Tensor], chunk: int
+        ctx: Any, ours_MD: Tensor, sought: Tensor, loss: Callable[[Tensor, Tensor], Tensor], chunk: int
     ) -> Tensor:
         total, slopes = ours_MD.new_zeros((), dtype=torch.float32), []
-        for ours_CD, theirs_CD in zip(ours_MD.split(chunk), theirs_MD.split(chunk), strict=True):
+        for ours_CD, sought_part in zip(ours_MD.split(chunk), sought.split(chunk), strict=True):
             leaf_CD = ours_CD.detach().requires_grad_(ctx.needs_input_grad[0])
             with torch.set_grad_enabled(ctx.needs_input_grad[0]):
-                part = divergence(leaf_CD, theirs_CD)
+                part = loss(leaf_CD, sought_part)
             total += part.detach()
             if ctx.needs_input_grad[0]:
                 slopes += torch.autograd.grad(part, leaf_CD)

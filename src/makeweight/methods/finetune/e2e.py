@@ -6,7 +6,8 @@ added to the result: scales are stored anyway. `norms` learns the norms' weights
 numbers for every weight of the network at once, which the blocks before it never do.
 Sources: arXiv 2407.11062 (EfficientQAT, section 3.3); arXiv 2305.17888 (LLM-QAT) for learning all weights by the
 original's predictions. Learning a factor of each scale, and offsets of solved codes, are ours, as is the distance to
-the original's predictions in place of the text's next token for scales: a few hundred sequences teach no language.
+the original's predictions in place of the text's next token for scales (`target` has both): a few hundred sequences
+teach no language.
 The rate of scales grows with the square of the grid's step: at 2 bits three times the rate that suits 3 bits was best.
 
 Shapes: O out, I in, G groups per row.
@@ -16,12 +17,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
 from makeweight.errors import UserError
-from makeweight.methods.base import Context, FinetuneStep, Learnables, Params, Refinement
+from makeweight.methods.base import Context, FinetuneStep, Learnables, Params, Refinement, Target
 from makeweight.numerics.grid import grouped
 from makeweight.numerics.qtensor import QTensor
 from makeweight.numerics.stepgrid import moved_codes, moving_grid, stored
@@ -150,6 +152,8 @@ class E2e(FinetuneStep):
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch_size < 1:
             raise UserError(f"steps {self.steps} and batch_size {self.batch_size} must be at least 1.")
+        if self.target not in get_args(Target):
+            raise UserError(f"target {self.target!r} is unknown: choose logits or text.")
 
     @property
     def weight_bytes(self) -> int:  # noqa: D102
