@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from makeweight.errors import UserError
 from makeweight.methods.base import Context, Grid
 from makeweight.methods.grid.clip import Lwc, Rtn
 from makeweight.methods.grid.gptq import Gptq
@@ -136,3 +137,15 @@ def test_what_a_block_does_after_the_last_linear_asked_for_is_left_out(case: Pro
     first = all_of_them.moment("self_attn.o_proj")
     handle.remove()
     assert len(calls) > 0 and torch.equal(alone.moment("self_attn.o_proj"), first)
+
+
+def test_damping_that_had_to_grow_is_reported(case: Problem) -> None:
+    """An estimate of moments may have a negative eigenvalue: -0.04 here, where the mean of the diagonal is 0.74."""
+    state = {"w": torch.randn(3, 16, generator=torch.Generator().manual_seed(0))}
+    grid, step = Rtn().build(state, case.context), Gptq()
+    block_II = torch.eye(4) - 0.26 * torch.ones(4, 4)
+    quantized, report = step.codes("w", state["w"], torch.block_diag(*4 * [block_II]), grid, case.context)
+    assert report == {"damp.w": pytest.approx(0.1)} and quantized.codes_OI.shape == (3, 16)
+    assert step.codes("w", state["w"], torch.eye(16), grid, case.context)[1] == {}
+    with pytest.raises(UserError, match="gptq: the inputs' products have no inverse for w: give more or other"):
+        step.codes("w", state["w"], torch.block_diag(*4 * [block_II - torch.eye(4) * 0.5]), grid, case.context)

@@ -7,7 +7,8 @@ rho of each edge that leaves the smallest error at the readers' outputs under pl
 anything else is built, so that sde takes its singular values of the scaled weights.
 Learning goes a short way: it starts from one or, behind `scale`, from what was searched, which is a tenth less error at
 3 bits than learning alone reaches (LOG.md). OmniQuant starts at SmoothQuant's scales; our `omniquant` is scale+let+lwc.
-Query and key may exchange factors too. Where a row's grid follows its weights they change nothing.
+Query and key may exchange factors too. Where a row's grid follows its weights they change nothing. What OmniQuant adds
+to the outputs of norms and values that have a bias (OPT), before activations are rounded, is left out.
 Source: OmniQuant (arXiv 2308.13137, section 3.3) for learning it, AWQ (arXiv 2306.00978, section 3.2) for the search.
 AWQ judges by the output of the attention or the MLP; here each reader is judged by its own, from second moments alone.
 Where inputs are rounded as well, what that adds is counted too: it is least where no channel stands out of a token.
