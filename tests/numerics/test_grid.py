@@ -154,8 +154,10 @@ def leaves(*tensors: Tensor) -> list[Tensor]:
 def assert_same_gradients(weight: Tensor, low: Tensor, high: Tensor, *offset: Tensor, scheme: Scheme) -> None:
     ours, theirs = leaves(weight, low, high, *offset), leaves(weight, low, high, *offset)
     pull = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    kinds = {"scale_dtype": torch.float64, "dtype": torch.float64}
-    closed = clipped_grid(ours[0], ours[1], ours[2], scheme, **kinds, offset_OI=ours[3] if offset else None)
+    moved = ours[3] if offset else None
+    closed = clipped_grid(
+        ours[0], ours[1], ours[2], scheme, offset_OI=moved, scale_dtype=torch.float64, dtype=torch.float64
+    )
     written_out = straight_through(theirs[0], theirs[1], theirs[2], *theirs[3:], scheme=scheme)
     assert torch.equal(closed, written_out)
     got, want = torch.autograd.grad(closed, ours, pull), torch.autograd.grad(written_out, theirs, pull)
