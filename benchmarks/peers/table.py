@@ -146,12 +146,12 @@ def _processor(setting: str, cells: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _untimed(setting: str, cells: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Return the runs whose times are no match for the others': of another processor than most, or resumed."""
+    """Return the runs whose times are no match for the others': of another or an unknown processor, or resumed."""
     most = _processor(setting, cells)
     return [
         name.partition("/")[2]
         for name, cell in cells.items()
         if cell.get("setting") == setting
         and "error" not in cell
-        and (cell.get("resumed") or cell.get("processor", "") != most)
+        and (cell.get("resumed") or not most or cell.get("processor") != most)
     ]

@@ -191,7 +191,7 @@ def test_the_one_that_measures_stays_small() -> None:
 def test_table() -> None:
     apart = {"divergence": {"wikitext2": 0.5, "enwiki": 0.25}}
     later = {"later": {"perplexities": {"wikitext2": 20.0, "enwiki": 5.0}}}
-    cost = {"wall_seconds": 90.0, "cpu_seconds": 150.0, "peak_memory_mb": 1234, "threads": 2}
+    cost = {"wall_seconds": 90.0, "cpu_seconds": 150.0, "peak_memory_mb": 1234, "threads": 2, "processor": "fast"}
     cell = {"setting": "W2A16g64", "version": "1.2", "calibration": "128 x 512 tokens, abc", **cost}
     cells = {
         ORIGINAL: {"wikitext2": 20.0, "enwiki": 15.0, "later": {"perplexities": {"wikitext2": 10.0, "enwiki": 5.0}}},
@@ -217,7 +217,7 @@ def test_minutes_are_of_one_processor() -> None:
     cell = {"setting": "W2A16g64", "version": "1.2", "calibration": "128 x 512 tokens, abc", "program": "hqq", **cost}
     shared = {**cell, "wikitext2": 40.0, "enwiki": 15.0}
     cells = {ORIGINAL: {"wikitext2": 20.0, "enwiki": 15.0}, "W2A16g64/hqq": shared, "W2A16g64/lwc": dict(shared)}
-    assert "left out" not in markdown(cells) and "Minutes at" not in markdown(cells), "none is known of any"
+    assert "Minutes of `hqq`, `lwc` at W2A16g64 left out" in markdown(cells) and "Minutes at" not in markdown(cells)
     cells["W2A16g64/hqq"] = {
         **shared,
         "processor": "fast",
