@@ -60,38 +60,39 @@ def test_defaults(ran: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_every_option(ran: list[Any]) -> None:
     line = (
-        "quantize --model m --method lwc+sde --bits 3 --group_size 64 --sym --scale_dtype float32 --blocks 0:8 "
+        "quantize --model m --method lwc+sde+cl --bits 3 --group_size 64 --sym --scale_dtype float32 --blocks 0:8 "
         "--dataset a.txt --nsamples 48 --seqlen 512 --piece 128 --iters 192 --batch-size 2 --lr sde=3e-3 --lr lwc=1e-2 "
-        "--set sde.band=16 --set cl.decay=0.5 --set sde.dense=8 --eval-dataset x --eval_dataset y --eval-windows 12 "
+        "--set sde.band=16 --set cl.decay=0.5 --set sde.lead=8 --eval-dataset x --eval_dataset y --eval-windows 12 "
         "--output_dir here --format gguf,gptq --format dense --seed 7 --device cpu --trust-remote-code"
     )
     assert main(line.split()) == 0
     (made,) = ran
     assert made == Recipe.from_json(
-        """{"model": "m", "method": "lwc+sde", "out": "here", "blocks": "0:8", "seed": 7, "trust_remote_code": true,
+        """{"model": "m", "method": "lwc+sde+cl", "out": "here", "blocks": "0:8", "seed": 7, "trust_remote_code": true,
         "scheme": {"bits": 3, "group_size": 64, "symmetric": true, "scale_dtype": "float32"},
         "calib": {"dataset": "a.txt", "nsamples": 48, "seqlen": 512, "piece": 128},
         "tune": {"steps": 192, "batch_size": 2, "device": "cpu", "rates": {"sde": 3e-3, "lwc": 1e-2}},
-        "options": {"sde": {"band": 16, "dense": 8}, "cl": {"decay": 0.5}},
+        "options": {"sde": {"band": 16, "lead": 8}, "cl": {"decay": 0.5}},
         "eval": {"datasets": ["x", "y"], "windows": 12}, "formats": ["gguf", "gptq", "dense"]}"""
     )
 
 
 def test_recipe_file_with_overrides(ran: list[Any], tmp_path: Path) -> None:
     saved = Recipe.from_json(
-        """{"model": "m", "out": "o", "scheme": "W3A16g64", "calib": {"nsamples": 48, "seqlen": 512},
-        "tune": {"rates": {"sde": 1e-3, "lwc": 1e-2}}, "options": {"sde": {"band": 2}}, "trust_remote_code": true}"""
+        """{"model": "m", "out": "o", "method": "lwc+sde", "scheme": "W3A16g64",
+        "calib": {"nsamples": 48, "seqlen": 512}, "tune": {"rates": {"sde": 1e-3, "lwc": 1e-2}},
+        "options": {"sde": {"band": 2}}, "trust_remote_code": true}"""
     )
     saved.save(tmp_path / "r.json")
     assert main(["quantize", "--recipe", str(tmp_path / "r.json")]) == 0
-    line = f"quantize --recipe {tmp_path}/r.json --bits 2 --nsamples 8 --lr sde=2e-3 --set sde.dense=8 --out p"
+    line = f"quantize --recipe {tmp_path}/r.json --bits 2 --nsamples 8 --lr sde=2e-3 --set sde.lead=8 --out p"
     assert main(line.split()) == 0
     assert ran[0] == saved
     assert ran[1].scheme == Scheme.parse("W2A16g64")
     assert (ran[1].model, ran[1].out, ran[1].trust_remote_code) == ("m", "p", True)
     assert (ran[1].calib.nsamples, ran[1].calib.seqlen) == (8, 512)
     assert ran[1].tune.rates == {"sde": 2e-3, "lwc": 1e-2}
-    assert ran[1].options == {"sde": {"band": 2, "dense": 8}}
+    assert ran[1].options == {"sde": {"band": 2, "lead": 8}}
 
 
 def test_effort(ran: list[Any], tmp_path: Path) -> None:

@@ -266,6 +266,8 @@ def test_options_that_change_nothing_are_named() -> None:
     unread = "--dataset --nsamples --seqlen --batch-size --piece --steps --eval-windows"
     assert left_aside("rtn") == unread
     assert unused(Recipe(model="m", out="o", method="rtn")) == []
+    by_inputs = replace(given, method="mse", options={"mse": {"inputs": True}})
+    assert "--dataset" in " ".join(unused(replace(given, method="mse"))) and "--dataset" not in unused(by_inputs)
 
 
 def test_what_can_be_set_of_methods_is_given_as_it_is_written_in_an_option() -> None:
