@@ -2,7 +2,8 @@
 
 w_hat = scale * (clip(round(w / scale + v) + zero) - zero), with v and a factor for each end of every group's range
 learned. Ranges begin where they cost the weights least (mse): where codes are few, full ones are too wide for a run to
-shrink them as far. Counting weights by their inputs there lowers every block's error and harms the network (LOG.md).
+shrink them as far. Counting weights by their inputs there (inputs) lowered the errors of blocks and, at 2 bits, harmed
+the network (LOG.md).
 SDE below moves the weights under v: both are learned at once, v from where the moved weight lies. The band can take a
 weight further than the half step that v has, all of a matrix at once; that pays at 2 bits, where steps are large, and
 at 3 little or nothing (LOG.md).
