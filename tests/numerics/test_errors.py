@@ -42,6 +42,39 @@ def test_no_token_weighs_more_than_its_share() -> None:
     assert float(token_error(output, target)) == pytest.approx(1 / 100, rel=1e-5)
 
 
+def test_a_lost_token_pulls_less_than_others_and_is_still_pulled() -> None:
+    """One token in 100 is a hundred times larger than it should be, the others are off by a tenth."""
+    target = hidden()
+    output = (target * 1.1).requires_grad_(True)
+    lost = output.detach().clone()
+    lost[0, 0] = target[0, 0] * 100
+    lost.requires_grad_(True)
+    error = token_error(lost, target)
+    assert error.item() == pytest.approx((99 * 0.01 + 1 + math.log(99**2)) / 100, rel=1e-4)
+    slope, usual = (torch.autograd.grad(token_error(x, target), x)[0] for x in (lost, output))
+    assert torch.equal(slope.view(-1, 16)[1:], usual.view(-1, 16)[1:])
+    assert 0 < float(slope[0, 0].norm()) < 0.2 * float(usual[0, 0].norm())
+
+
+def test_outputs_that_are_far_from_all_targets_have_a_slope() -> None:
+    target = hidden()
+    output = (target * 30).requires_grad_(True)
+    (slope,) = torch.autograd.grad(token_error(output, target), output)
+    assert float((slope * target).sum()) > 0
+
+
+def test_the_slope_is_finite_at_no_error_and_one_at_the_bound() -> None:
+    """Where an output is zero its ratio is one: the slope is that of the plain ratio."""
+    target = hidden()
+    output = target.clone()
+    output[0, 0] = 0
+    output.requires_grad_(True)
+    (slope,) = torch.autograd.grad(token_error(output, target), output)
+    assert slope.isfinite().all()
+    expected = -2 * target[0, 0] / target[0, 0].square().sum() / 100
+    torch.testing.assert_close(slope[0, 0], expected, rtol=1e-5, atol=0)
+
+
 @settings(max_examples=30, deadline=None)
 @given(token=st.integers(0, 99), size=st.sampled_from([1e-3, 0.1, 7.0, 1e4]), seed=st.integers(0, 5))
 def test_a_tokens_size_does_not_matter(token: int, size: float, seed: int) -> None:
