@@ -124,7 +124,7 @@ def test_impossible_methods(method: str, says: str) -> None:
         ("lwc+cl", {"cl": {"ahead": 0}}, "cl: ahead 0"),
         ("lwc+cl", {"cl": {"decay": 0.0}}, "cl: ahead 1 must be at least 1 and decay 0.0"),
         ("lwc+e2e", {"e2e": {"steps": 0}}, "e2e: steps 0 and batch_size 1 must be at least 1"),
-        ("autoround", {"autoround": {"start": "hqq"}}, "autoround: start 'hqq' is unknown: choose mse"),
+        ("autoround", {"autoround": {"start": "hqq"}}, "autoround: start 'hqq' is unknown: choose inputs, mse"),
         (
             "autoround",
             {"autoround": {"descent": "sgd"}},
@@ -267,6 +267,8 @@ def test_options_that_change_nothing_are_named() -> None:
     unread = "--dataset --nsamples --seqlen --batch-size --piece --steps --eval-windows"
     assert left_aside("rtn") == unread
     assert unused(Recipe(model="m", out="o", method="rtn")) == []
+    by_inputs = replace(given, method="mse", options={"mse": {"inputs": True}})
+    assert "--dataset" in " ".join(unused(replace(given, method="mse"))) and "--dataset" not in unused(by_inputs)
 
 
 def test_what_can_be_set_of_methods_is_given_as_it_is_written_in_an_option() -> None:

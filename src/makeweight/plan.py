@@ -48,7 +48,7 @@ class Plan:
     @property
     def calibrates(self) -> bool:
         """Whether calibration text and streams are needed."""
-        return any(step.learns or step.reads_inputs for step in self.steps)
+        return self.finetune is not None or any(step.learns or step.reads_inputs for step in self.steps)
 
     @property
     def weight_bytes(self) -> int:
@@ -213,8 +213,8 @@ def in_pieces(plan: Plan, recipe: Recipe) -> Recipe:
 
 def unused(recipe: Recipe) -> list[str]:
     """Return the options that a recipe sets and that change nothing in what it runs."""
-    plan = compose(recipe.method)
-    in_blocks = any(step.learns or step.reads_inputs for step in plan.steps if step is not plan.finetune)
+    plan = compose(recipe.method, options=recipe.options)
+    in_blocks = any(step.learns or step.reads_inputs for step in plan.steps)
     used = {
         "--dataset": plan.calibrates or recipe.calib.dataset == Calib.dataset,
         "--nsamples": plan.calibrates or recipe.calib.nsamples == Calib.nsamples,

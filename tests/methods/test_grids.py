@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from makeweight.errors import UserError
-from makeweight.methods.base import Context, Grid, GridStep
+from makeweight.methods.base import Grid, GridStep
 from makeweight.methods.grid.clip import GroupedGrid, Rtn
 from makeweight.methods.grid.gptq import Gptq
 from makeweight.methods.grid.rounding import REACH, Rounding, RoundingGrid
@@ -21,6 +21,7 @@ from makeweight.plan import compose
 from tests.methods.test_zoo import ASYMMETRIC, FORMATS, GRIDS, SCHEMES, a_state, context, perturb
 
 CHOOSING = {name: step for name, step in GRIDS.items() if isinstance(step, MseRange | Percentile | Hqq)}
+STARTS: dict[Start, GridStep] = {"inputs": MseRange(inputs=True), "mse": MseRange(), "range": Rtn()}
 ROUNDED = [name for name, step in GRIDS.items() if not isinstance(step, Rounding)]
 
 
@@ -30,13 +31,13 @@ def error(grid: Grid, state: dict[str, Tensor], power: float = 2.0) -> float:
 
 
 @pytest.mark.parametrize(("dtype", "scale_dtype"), FORMATS, ids=str)
-@pytest.mark.parametrize(("start", "same"), [("mse", MseRange()), ("range", Rtn())], ids=["mse", "range"])
+@pytest.mark.parametrize(("start", "same"), STARTS.items(), ids=STARTS)
 def test_stepsize_begins_at_the_ranges_that_were_asked_for(
     start: Start, same: GridStep, dtype: torch.dtype, scale_dtype: torch.dtype
 ) -> None:
     state = a_state()
     for scheme in SCHEMES:
-        where = Context(scheme=scheme, scale_dtype=scale_dtype, dtype=dtype, steps=200)
+        where = context(scheme, dtype, scale_dtype=scale_dtype)
         grid, plain = StepSize(start=start).build(state, where), same.build(state, where)
         for name in state:
             assert torch.equal(grid(state)[name], plain(state)[name])
@@ -84,7 +85,7 @@ def test_rounding_may_travel_a_whole_run_to_the_next_code(descent: Literal["adam
     assert all(offset_OI.abs().max() == REACH for offset_OI in grid.offsets.values())
 
 
-@pytest.mark.parametrize(("start", "same"), [("mse", MseRange()), ("range", Rtn())], ids=["mse", "range"])
+@pytest.mark.parametrize(("start", "same"), STARTS.items(), ids=STARTS)
 def test_rounding_begins_at_the_ranges_that_were_asked_for(start: Start, same: GridStep) -> None:
     state = a_state()
     for scheme in SCHEMES:
@@ -158,6 +159,22 @@ def test_mse_is_nearer_than_rtn_in_every_group(symmetric: bool) -> None:
             )
             assert torch.all(ours <= theirs * (1 + 1e-6))
         assert error(grid, state, power) < 0.85 * error(plain, state, power)
+
+
+def test_ranges_found_by_inputs_cost_every_group_of_outputs_less() -> None:
+    """As far as each input by itself tells, which is what is counted."""
+    state, where = a_state(), context(Scheme(bits=2, group_size=16))
+    assert where.inputs is not None
+    grids, better = [MseRange(inputs=inputs).build(state, where) for inputs in (True, False)], 0
+    for name, weight_OI in state.items():
+        square_I = where.inputs.square(name)
+        ours, theirs = (
+            ((grid(state)[name] - weight_OI).square() * square_I).unflatten(1, (-1, 16)).sum(-1) for grid in grids
+        )
+        assert torch.all(ours <= theirs * (1 + 1e-6))
+        better += int((ours < 0.95 * theirs).sum())
+    assert better > 10
+    assert MseRange(inputs=True).reads_inputs == "squares" and not MseRange().reads_inputs
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

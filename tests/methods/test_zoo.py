@@ -70,6 +70,9 @@ class SomeInputs:
         rows = torch.randn(4 * width, width, generator=torch.Generator().manual_seed(3)).cumsum(1)
         return rows.T @ rows / len(rows)
 
+    def square(self, name: str) -> Tensor:
+        return self.moment(name).diagonal()
+
 
 def context(scheme: Scheme | None = None, dtype: torch.dtype = torch.float32, **others: Any) -> Context:
     values = {"scheme": scheme or Scheme(bits=3, group_size=16), "scale_dtype": torch.bfloat16, "dtype": dtype}

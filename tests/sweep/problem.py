@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from makeweight.calib.capture import capture
 from makeweight.calib.stream import Stream
 from makeweight.calib.walk import blocks_of
-from makeweight.methods.base import Context, GridStep, MapStep
+from makeweight.methods.base import Context, GridStep, MapStep, Params
 from makeweight.methods.grid.clip import Lwc
 from makeweight.numerics.scheme import Scheme
 from makeweight.sweep.block import Block
 from makeweight.sweep.chain import Chain, Steps
 from makeweight.sweep.fit import Fit
+from makeweight.sweep.inputs import Moments
 from makeweight.sweep.judge import Judge
 from tests.tiny import tiny_model
 
@@ -35,7 +36,12 @@ class Problem:
         return Stream(self.hidden_NTD, batch_size=batch_size, device=CPU)
 
     def chain(self, *steps: MapStep, grid: GridStep | None = None, index: int = 0) -> Chain:
-        return Chain.build(self.blocks[index].state(), Steps(maps=steps, grid=grid or Lwc()), self.context)
+        block = self.blocks[index]
+
+        def inputs(params: Params) -> Moments:
+            return Moments(block, params, self.hidden_NTD, 8, CPU)
+
+        return Chain.build(block.state(), Steps(maps=steps, grid=grid or Lwc()), self.context, inputs=inputs)
 
     def judge(self, weights: tuple[float, ...] = (1.0,), index: int = 0) -> Judge:
         return Judge(blocks=self.blocks[index : index + len(weights)], weights=weights, device=CPU)

@@ -125,6 +125,7 @@ def test_a_linear_that_no_token_reaches_is_rounded_to_nearest() -> None:
     assert shared_inputs(idle, case.hidden_NTD[:1])[-1] == ["idle"]
     moments = Moments(idle, {}, case.hidden_NTD, 2, torch.device("cpu"))
     assert torch.equal(moments.moment("idle"), torch.eye(32)), "as clip asks, whose weights have other names"
+    assert torch.equal(moments.square("idle"), torch.ones(32))
 
 
 def test_what_a_block_does_after_the_last_linear_asked_for_is_left_out(case: Problem) -> None:
@@ -135,6 +136,7 @@ def test_what_a_block_does_after_the_last_linear_asked_for_is_left_out(case: Pro
     alone.gather([["self_attn.o_proj"]])
     assert not calls
     first = all_of_them.moment("self_attn.o_proj")
+    torch.testing.assert_close(all_of_them.square("self_attn.o_proj"), first.diagonal())
     handle.remove()
     assert len(calls) > 0 and torch.equal(alone.moment("self_attn.o_proj"), first)
 

@@ -113,7 +113,7 @@ def _learning(
     streams = _streams(plan) * _stream(recipe, ckpt, size)
     factors = sum((rows + columns) * min(rows, columns) for rows, columns in shapes) * size
     chain = weights * (4 * 6 + plan.weight_bytes) + (0 if plan.band is None else factors)
-    reads = any(step.reads_inputs for step in (*plan.exact, plan.grid))
+    reads = any(step.reads_inputs == "products" for step in (*plan.exact, plan.grid))
     products = 4 * sum(columns**2 for _, columns in shapes) if reads else 0
     if plan.rounding is not None:
         products = max(products, 4 * 4 * max(columns for _, columns in shapes) ** 2)

@@ -89,8 +89,8 @@ def _block_work(plan: Plan, recipe: Recipe, ckpt: Checkpoint, shapes: Sequence[t
         passes += sum(2 * tokens * columns**2 + 2 * rows * columns**2 for rows, columns in shapes)
     for step in (*plan.exact, plan.grid):
         if step.reads_inputs:
-            # A pass with the products of inputs, then about twenty candidates against them.
             passes += block_flops(shapes, hidden, calib.samples, calib.seqlen) / 3
+        if step.reads_inputs == "products":  # and about twenty candidates against them
             passes += sum(2 * tokens * columns**2 + 40 * rows * columns**2 for rows, columns in shapes)
     if not plan.learns:
         return passes

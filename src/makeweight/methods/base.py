@@ -43,6 +43,14 @@ class Inputs(Protocol):
         """Return the mean over tokens of x x^T for the inputs x of a linear, (I, I) fp32."""
         ...
 
+    def square(self, name: str) -> Tensor:
+        """Return the mean over tokens of x^2 alone, (I,) fp32."""
+        ...
+
+
+Reads = Literal["", "squares", "products"]
+"""What a step is built from of the inputs of linears: nothing, each one's mean square, or products of all pairs."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
@@ -147,10 +155,13 @@ class Step(ABC):
     stage: ClassVar[Stage]
     learns: ClassVar[bool] = True
     """Whether it has anything to learn, step by step."""
-    reads_inputs: ClassVar[bool] = False
-    """Whether it is built from the inputs of linears."""
     needs_edges: ClassVar[bool] = False
     """Whether it needs to know which outputs of a block feed which inputs."""
+
+    @property
+    def reads_inputs(self) -> Reads:
+        """What it is built from of the inputs of linears."""
+        return ""
 
     @property
     def weight_bytes(self) -> int:
@@ -209,7 +220,10 @@ class RoundStep(Step):
 
     stage: ClassVar[Stage] = Stage.ROUND
     learns: ClassVar[bool] = False
-    reads_inputs: ClassVar[bool] = True
+
+    @property
+    def reads_inputs(self) -> Reads:  # noqa: D102
+        return "products"
 
     @abstractmethod
     def codes(
@@ -256,7 +270,6 @@ class FinetuneStep(Step):
 
     stage: ClassVar[Stage] = Stage.FINETUNE
     learns: ClassVar[bool] = False
-    reads_inputs: ClassVar[bool] = True
     steps: int = 120
     batch_size: int = 1
     target: Target = "logits"

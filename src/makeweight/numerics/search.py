@@ -58,9 +58,10 @@ def best_factors(
     return factor_OG
 
 
-def power_error(delta_OGS: Tensor, power: float) -> Tensor:
-    """Return the sum of |delta|^power over each group, (O, G); overwrites delta."""
-    return (delta_OGS.square_() if power == 2 else delta_OGS.abs_().pow_(power)).sum(-1)
+def power_error(delta_OGS: Tensor, power: float, counts_GS: Tensor | None = None) -> Tensor:
+    """Return the sum of |delta|^power over each group, each as often as `counts_GS` says, (O, G); overwrites delta."""
+    error_OGS = delta_OGS.square_() if power == 2 else delta_OGS.abs_().pow_(power)
+    return (error_OGS if counts_GS is None else error_OGS.mul_(counts_GS)).sum(-1)
 
 
 @torch.no_grad()

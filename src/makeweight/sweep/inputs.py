@@ -18,7 +18,7 @@ from makeweight.sweep.block import Block
 
 @dataclass
 class Moments:
-    """The second moments of what a block's linears read, found in one pass once the first is asked for."""
+    """The second moments of what a block's linears read, or their squares, in one pass once the first is asked for."""
 
     block: Block
     weights: Mapping[str, Tensor]
@@ -26,6 +26,7 @@ class Moments:
     batch_size: int
     device: torch.device
     found: dict[str, Tensor] = field(default_factory=dict)
+    squares: dict[str, Tensor] = field(default_factory=dict)
 
     def moment(self, name: str) -> Tensor:
         """Return the mean over tokens of x x^T for the inputs x of a linear, (I, I) fp32.
@@ -37,9 +38,15 @@ class Moments:
             self.gather(shared_inputs(self.block, self.hidden_NTD[:1].to(self.device)))
         return self.found[name]
 
+    def square(self, name: str) -> Tensor:
+        """Return the mean over tokens of x^2 for the inputs x of a linear, (I,) fp32; all ones where no token comes."""
+        if not self.squares:
+            self.gather(shared_inputs(self.block, self.hidden_NTD[:1].to(self.device)), products=False)
+        return self.squares[name]
+
     @torch.no_grad()
-    def gather(self, groups: Sequence[Sequence[str]]) -> None:
-        """Find the moments of groups of linears, each of which reads one tensor.
+    def gather(self, groups: Sequence[Sequence[str]], *, products: bool = True) -> None:
+        """Find the moments of groups of linears, each of which reads one tensor, or without `products` the squares.
 
         What the block would do after the last of them is left out.
         """
@@ -48,9 +55,13 @@ class Moments:
 
         def add(name: str, given: Tensor) -> None:
             rows = given.reshape(-1, given.shape[-1]).float()
+            width = rows.shape[1]
             if name not in sums:
-                sums[name] = torch.zeros(rows.shape[1], rows.shape[1], device=rows.device)
-            sums[name].addmm_(rows.T, rows)
+                sums[name] = torch.zeros((width, width) if products else (width,), device=rows.device)
+            if products:
+                sums[name].addmm_(rows.T, rows)
+            else:
+                sums[name] += rows.square().sum(0)
             waiting.discard(name)
             if not waiting:
                 raise StopForward
@@ -61,14 +72,16 @@ class Moments:
                 with suppress(StopForward):
                     self.block(part_BTD.to(self.device), self.weights)
         tokens = self.hidden_NTD.shape[0] * self.hidden_NTD.shape[1]
+        found = self.found if products else self.squares
         for names in groups:
-            moment = sums[names[0]] / tokens if names[0] in sums else self._independent(names[0])
-            self.found |= dict.fromkeys(names, moment)
+            mean = sums[names[0]] / tokens if names[0] in sums else self._independent(names[0], products=products)
+            found.update(dict.fromkeys(names, mean))
 
-    def _independent(self, name: str) -> Tensor:
+    def _independent(self, name: str, *, products: bool) -> Tensor:
         linear = self.block.module.get_submodule(name)
         assert isinstance(linear, nn.Linear)
-        return torch.eye(linear.in_features, device=self.device)
+        ones_I = torch.ones(linear.in_features, device=self.device)
+        return ones_I.diag() if products else ones_I
 
 
 @torch.no_grad()

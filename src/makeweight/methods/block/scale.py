@@ -25,7 +25,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from makeweight.methods.base import BlockMap, BlockStep, Context, Inputs, Learnables, Params
+from makeweight.methods.base import BlockMap, BlockStep, Context, Inputs, Learnables, Params, Reads
 from makeweight.models.rescale import channels, per_reader, per_source, qk_free, rescale, rescale_qk
 from makeweight.models.spec import Edge, ModelSpec
 from makeweight.numerics.grid import from_codes, grouped, qparams, ranges, to_codes
@@ -102,7 +102,10 @@ class Scale(BlockStep):
     """Search equivalent scales by what enters the linears; learns nothing."""
 
     learns: ClassVar[bool] = False
-    reads_inputs: ClassVar[bool] = True
+
+    @property
+    def reads_inputs(self) -> Reads:  # noqa: D102
+        return "products"
 
     def build(self, params: Params, context: Context) -> BlockMap:  # noqa: D102
         return FoundScales(params, context)

@@ -1,10 +1,10 @@
 """Learned rounding: an offset per weight chooses between the two nearest codes.
 
 w_hat = scale * (clip(round(w / scale + v) + zero) - zero), with v and a factor for each end of every group's range
-learned. Ranges begin where they cost the weights least (mse): where codes are few, full ones are too wide for a run to
-shrink them as far. SDE below moves the weights under v: both are learned at once, v from where the moved weight lies.
-The band can take a weight further than the half step that v has, all of a matrix at once; that pays at 2 bits, where
-steps are large, and at 3 bits little or nothing (LOG.md).
+learned. Ranges begin where they cost least, for autoround with all weights alike (mse), for flipround each by its input
+(inputs): where codes are few, full ones are too wide for a run to shrink them as far. SDE below moves the weights under
+v: both are learned at once, v from where the moved weight lies. The band can take a weight further than the half step
+that v has, all of a matrix at once; that pays at 2 bits, where steps are large, and at 3 little or nothing (LOG.md).
 
 autoround is SignRound: straight-through, by the sign of the gradient. A run's rates add up to half a step for `rate` 1,
 so that v can just reach the neighbouring code and no further.
@@ -29,9 +29,9 @@ import torch
 from torch import Tensor, nn
 
 from makeweight.errors import UserError
-from makeweight.methods.base import Context, Grid, GridStep, Learnables, State
+from makeweight.methods.base import Context, Grid, GridStep, Learnables, Reads, State
 from makeweight.methods.grid.clip import RangeGrid
-from makeweight.methods.grid.search import Start, check_start, first_ranges
+from makeweight.methods.grid.search import Start, check_start, first_ranges, read_for
 from makeweight.numerics.flips import Curvature, Flips
 
 REACH = 0.5
@@ -84,10 +84,11 @@ class Rounding(GridStep):
 
     By AdamW, runs of fewer than 200 steps travel less: each step is as far as one of 200.
 
-    `start` is where ranges begin: `mse` at the least error of the weights, `range` at their full width, as in SignRound
-    and auto-round. `descent` is `sign`, or `adam` for AdamW, whose moments take two more numbers for every weight.
-    `own` is the share of a weight's own pull that is taken out: 0 is straight-through, 1 all of it. `damp` adds that
-    share of the curvature to what moving a weight from where it was costs.
+    `start` is where ranges begin: at the least error of the weights, where each counts by its input (`inputs`) or all
+    alike (`mse`), or at full width as in SignRound and auto-round (`range`). `descent` is `sign`, or `adam` for AdamW,
+    whose moments take two more numbers for every weight. `own` is the share of a weight's own pull that is taken out: 0
+    is straight-through, 1 all of it. `damp` adds that share of the curvature to what moving a weight from where it was
+    costs.
     """
 
     rate: float = 1.0
@@ -102,6 +103,10 @@ class Rounding(GridStep):
             raise UserError(f"descent {self.descent!r} is unknown: choose adam or sign.")
         if not (0 <= self.own <= 1 and self.damp >= 0):
             raise UserError(f"own {self.own} must lie between 0 and 1, damp {self.damp} not below 0.")
+
+    @property
+    def reads_inputs(self) -> Reads:  # noqa: D102
+        return read_for(self.start)
 
     @property
     def by_flips(self) -> bool:  # noqa: D102

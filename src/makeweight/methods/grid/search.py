@@ -4,7 +4,8 @@ mse, percentile and clip choose factors of every group's range, which then follo
 hqq chooses scales and zero-points themselves. Alone they take seconds; under learned maps (sde) they are chosen from
 the weights that first reach the grid.
 Sources: the range search of GPTQ's reference code (arXiv 2210.17323); Badri and Shaji, Half-Quadratic Quantization,
-2023 (Mobius Labs); AWQ (arXiv 2306.00978) for clip.
+2023 (Mobius Labs); AWQ (arXiv 2306.00978) for clip; counting weights by their inputs' mean squares is what llama.cpp
+calls an importance matrix.
 
 Shapes: O out, I in, G groups per row, S inputs per group.
 """
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from makeweight.errors import UserError
-from makeweight.methods.base import Context, Grid, GridStep, State
+from makeweight.methods.base import Context, Grid, GridStep, Reads, State
 from makeweight.methods.grid.clip import RangeGrid
 from makeweight.methods.grid.fixed import FixedGrid
 from makeweight.numerics.grid import grouped
@@ -66,13 +67,18 @@ def _check_shares(least: float, step: float) -> None:
 class MseRange(GridStep):
     """Shrink both ends of every range by the factor that makes the sum of |w - w_hat|^`power` smallest.
 
-    Factors fall from 1 to `least` by `step`.
+    Factors fall from 1 to `least` by `step`. With `inputs` each weight counts as much as the mean square of its input.
     """
 
     learns: ClassVar[bool] = False
     power: float = 2.0
     least: float = 0.3
     step: float = 0.02
+    inputs: bool = False
+
+    @property
+    def reads_inputs(self) -> Reads:  # noqa: D102
+        return "squares" if self.inputs else ""
 
     def __post_init__(self) -> None:
         if not self.power > 0:
@@ -82,28 +88,38 @@ class MseRange(GridStep):
     def build(self, state: State, context: Context) -> FactorGrid:  # noqa: D102
         shares = _shares(self.least, self.step)
 
-        def find(_: str, weight_OGS: Tensor) -> tuple[Tensor, Tensor]:
+        def find(name: str, weight_OGS: Tensor) -> tuple[Tensor, Tensor]:
+            counts_GS = None
+            if self.inputs:
+                assert context.inputs is not None, "`reads_inputs` asks for them"
+                counts_GS = context.inputs.square(name).view(weight_OGS.shape[1:])
+
             def error(delta_OGS: Tensor) -> Tensor:
-                return power_error(delta_OGS, self.power)
+                return power_error(delta_OGS, self.power, counts_GS)
 
             return _both(best_factors(weight_OGS, context.scheme, context.scale_dtype, shares=shares, error=error))
 
         return FactorGrid(_each(state, context, find), context)
 
 
-Start = Literal["mse", "range"]
-"""Where learned ranges begin: at the least error of the weights, or at their full width."""
+Start = Literal["inputs", "mse", "range"]
+"""Where learned ranges begin: at the least error of the weights, each by its input or all alike, or at full width."""
 
 
 def check_start(start: str) -> None:
     """Raise UserError for a start that there is not."""
     if start not in get_args(Start):
-        raise UserError(f"start {start!r} is unknown: choose {' or '.join(get_args(Start))}.")
+        raise UserError(f"start {start!r} is unknown: choose inputs, mse or range.")
 
 
 def first_ranges(start: Start, state: State, context: Context) -> RangeGrid:
     """Return the grid that learned ranges begin as."""
-    return MseRange().build(state, context) if start == "mse" else RangeGrid(context)
+    return RangeGrid(context) if start == "range" else MseRange(inputs=start == "inputs").build(state, context)
+
+
+def read_for(start: Start) -> Reads:
+    """Return what a start reads of the inputs of linears."""
+    return "squares" if start == "inputs" else ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,9 +131,12 @@ class InputClip(GridStep):
     """
 
     learns: ClassVar[bool] = False
-    reads_inputs: ClassVar[bool] = True
     least: float = 0.5
     step: float = 0.02
+
+    @property
+    def reads_inputs(self) -> Reads:  # noqa: D102
+        return "products"
 
     def __post_init__(self) -> None:
         _check_shares(self.least, self.step)

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from makeweight.methods.base import Context, Grid, GridStep, Learnables, State
+from makeweight.methods.base import Context, Grid, GridStep, Learnables, Reads, State
 from makeweight.methods.grid.clip import RangeGrid
 from makeweight.methods.grid.fixed import FixedGrid
-from makeweight.methods.grid.search import Start, check_start, first_ranges
+from makeweight.methods.grid.search import Start, check_start, first_ranges, read_for
 from makeweight.numerics.grid import grouped, ranges
 
 LEAST = 0.01
@@ -75,7 +75,8 @@ def _begin(grid: RangeGrid, name: str, weight_OI: Tensor) -> tuple[Tensor, Tenso
 class StepSize(GridStep):
     """Learn scales and zero-points.
 
-    `start` is where scales begin: `mse` at the least error of the weights, `range` at full ranges, as in EfficientQAT.
+    `start` is where scales begin: at the least error of the weights, where each counts by its input (`inputs`) or all
+    alike (`mse`), or at full ranges as in EfficientQAT (`range`).
     `rate` is how far one AdamW step moves a scale, relative to its first value, `zero_rate` a zero-point, in codes. A
     zero-point that moves moves by a whole code: ten times this rate did harm at all widths.
     """
@@ -86,6 +87,10 @@ class StepSize(GridStep):
 
     def __post_init__(self) -> None:
         check_start(self.start)
+
+    @property
+    def reads_inputs(self) -> Reads:  # noqa: D102
+        return read_for(self.start)
 
     def build(self, state: State, context: Context) -> Grid:  # noqa: D102
         return StepGrid(state, context, self)
