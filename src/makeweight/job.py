@@ -205,6 +205,7 @@ class Job:
             rounding=self.plan.rounding,
             judge_weights=self.plan.loss.weights(),
             same_input=self.plan.target.weight if self.plan.target else 0.0,
+            pieces=self.cut.calib.nsamples // recipe.calib.nsamples,
             tune=tune,
             seed=recipe.seed,
             context=Context(

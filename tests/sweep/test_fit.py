@@ -20,7 +20,6 @@ from makeweight.methods.weight.sde import Sde
 from makeweight.methods.weight.tune import Tune
 from makeweight.sweep.chain import Chain
 from makeweight.sweep.descent import FINAL_RATE, Descent
-from makeweight.sweep.fit import held_out
 from makeweight.sweep.judge import Judge
 from tests.sweep.problem import Problem, problem
 
@@ -89,10 +88,6 @@ def test_the_same_input_has_a_target_of_its_own(case: Problem) -> None:
         (alone,) = case.judge().errors(chain(), case.hidden_NTD, [same_NTD])
     assert same == alone != usual[0]
     assert judge.loss([*usual, same]).item() == pytest.approx((usual[0] + 0.5 * usual[1] + 0.5 * same).item() / 2)
-
-
-def test_few_samples_are_held_out() -> None:
-    assert [held_out(samples) for samples in (1, 2, 16, 96, 512)] == [0, 1, 2, 12, 32]
 
 
 def test_held_out_samples_are_never_learned_from(case: Problem) -> None:

@@ -13,7 +13,7 @@ from makeweight.numerics.flops import block_flops, elementwise_rate, matmul_rate
 from makeweight.numerics.precision import fast_dtype, named_dtype
 from makeweight.plan import Plan, in_pieces
 from makeweight.recipe import Recipe
-from makeweight.sweep import finetune, fit
+from makeweight.sweep import finetune, fit, heldout
 from makeweight.sweep.curvature import PROBES
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def _block_work(plan: Plan, recipe: Recipe, ckpt: Checkpoint, shapes: Sequence[t
     if not plan.learns:
         return passes
     steps = tune.steps + (PROBES if plan.grid.by_flips else 0)
-    checked = (tune.checks + 2) * fit.held_out(calib.samples)
+    checked = (tune.checks + 2) * min(fit.MOST_JUDGING, max(1, calib.samples // heldout.SHARE))
     passes += (1 + ahead) * block_flops(shapes, hidden, checked, calib.seqlen) / 3
     return passes + steps * step_flops(shapes, hidden, tune.batch_size, calib.seqlen, ahead=ahead, band=plan.band)
 
@@ -112,7 +112,7 @@ def _finetune_work(
     blocks = sum(block_flops(found, config.hidden_size, step.batch_size, calib.seqlen) for found in shapes.values())
     grid = 6 * GRID_TOKENS * sum(math.prod(shape) for found in shapes.values() for shape in found)
     head = 2 * tokens * config.hidden_size * config.vocab_size
-    held = max(1, calib.samples // finetune.HELD_OUT)
+    held = heldout.count(calib.samples)
     used, checked = min(calib.samples, held + step.steps * step.batch_size), (finetune.CHECKS + 1) * held
     steps = step.steps * ((4 / 3 if step.recompute else 1) * (blocks + grid) + 3 * head)
     steps += checked / step.batch_size * (blocks / 3 + 2 * head)

@@ -27,6 +27,7 @@ from makeweight.models.attention import speed_up
 from makeweight.models.checkpoint import Checkpoint
 from makeweight.numerics.memory import release_freed_memory
 from makeweight.numerics.qtensor import QTensor
+from makeweight.sweep import heldout
 from makeweight.sweep.block import Block
 from makeweight.sweep.descent import Descent
 
@@ -35,8 +36,6 @@ LOGIT_BYTES = 1 << 24
 LEAST_TOGETHER, LEAST_ON_GPU = 64, 512
 """Tokens whose logits are held together at the least: the whole head is read for them, however few they are."""
 CHECKS = 5
-HELD_OUT = 16
-"""One sample in so many is not learned from and judges what was learned."""
 MAX_HALVINGS = 3
 AT_ONCE = 4
 """Steps' samples that go through the network together where nothing is learned from them."""
@@ -254,13 +253,11 @@ def logit_tokens(vocabulary: int, device: torch.device) -> int:
 
 def _drawn(samples: int, step: FinetuneStep, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return the samples that are used at all, and among these those held out, and those learned from in order."""
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(samples, generator=generator)
-    held = max(1, samples // HELD_OUT)
-    train, drawn = order[held:] if samples > 1 else order, step.steps * step.batch_size
+    held, train = heldout.split(samples, seed)
+    drawn, generator = step.steps * step.batch_size, torch.Generator().manual_seed(seed)
     epochs = [train[torch.randperm(len(train), generator=generator)] for _ in range(-(-drawn // len(train)))]
-    used, places = torch.cat([order[:held], *epochs])[: held + drawn].unique(return_inverse=True)
-    return used, places[:held], places[held:]
+    used, places = torch.cat([held, *epochs])[: len(held) + drawn].unique(return_inverse=True)
+    return used, places[: len(held)], places[len(held) :]
 
 
 class _InParts(torch.autograd.Function):

@@ -14,16 +14,15 @@ from torch import Tensor
 
 from makeweight.errors import UserError
 from makeweight.numerics.flips import Curvature
+from makeweight.sweep import heldout
 from makeweight.sweep.chain import Chain
 from makeweight.sweep.curvature import PROBES, curvature
 from makeweight.sweep.descent import Descent
 from makeweight.sweep.judge import Judge
 
 MAX_HALVINGS = 3
-HELD_OUT = 8
-"""One sample in so many is not learned from and judges what was learned."""
-MOST_HELD_OUT = 32
-"""No more than that: states of one run are told apart by fewer, and each is judged several times."""
+MOST_JUDGING = 32
+"""Pieces of held-out samples that judge a block: they are enough to tell its states apart, and judge several times."""
 AVERAGED = 0.25
 """The share of the steps, at the end, whose mean state is tried as well: small batches make states wander about it."""
 
@@ -40,11 +39,6 @@ class FitReport:
     """Whether what was kept is the mean of the last states."""
 
 
-def held_out(samples: int) -> int:
-    """Return how many samples judge what is learned from the others; 0 where there is but one."""
-    return min(max(1, samples // HELD_OUT), MOST_HELD_OUT) if samples > 1 else 0
-
-
 class Fit:
     """One block's learning: batches, schedule, checks on held-out samples, best or mean state, rollback."""
 
@@ -59,6 +53,7 @@ class Fit:
         batch_size: int,
         checks: int,
         seed: int,
+        pieces: int = 1,
         tick: Callable[[], None] | None = None,
     ) -> None:
         self.chain, self.judge, self.hidden, self.targets = chain, judge, hidden_NTD, targets
@@ -66,10 +61,8 @@ class Fit:
         self.every = max(1, math.ceil(steps / max(1, checks)))
         self.seed = (seed * 1_000_003 + judge.blocks[0].index) % 2**63
         self.generator = torch.Generator().manual_seed(self.seed)
-        samples = hidden_NTD.shape[0]
-        held = held_out(samples)
-        order = torch.randperm(samples, generator=self.generator)
-        self.held_out, self.train = (order[:held], order[held:]) if held else (order, order)
+        held, train = heldout.split(len(hidden_NTD) // pieces, seed, pieces=pieces)
+        self.held_out, self.train = held[:MOST_JUDGING], train[torch.randperm(len(train), generator=self.generator)]
         self.queue: list[int] = []
 
     @property

@@ -37,6 +37,8 @@ class Solver:
     context: Context
     tune: Tune
     seed: int
+    pieces: int = 1
+    """Into how many a sample is cut: held out are whole ones."""
     same_input: float = 0.0
     """Weight of the error against what the original block makes of the quantized input; at 0 it is not computed."""
     rounding: RoundStep | None = None
@@ -95,6 +97,7 @@ class Sweep:
             batch_size=solver.tune.batch_size,
             checks=solver.tune.checks,
             seed=solver.seed,
+            pieces=solver.pieces,
             tick=tick,
         )
         fitted = fit.run()
