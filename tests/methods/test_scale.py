@@ -84,13 +84,17 @@ def test_let_is_the_identity_before_learning() -> None:
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_let_learns_what_outliers_need(family: str) -> None:
-    """Alone, over plain rounding, at its own rate; one a hundred times smaller leaves 0.98 of the error or more."""
+    """Alone, over plain rounding, at its own rate; one a hundred times smaller leaves 0.92 of the error or more.
+
+    By the mean of four draws: three samples judge in each, of whose tokens few have most of the error.
+    """
     case = case_of(family, samples=24)
     with torch.no_grad():
         case.blocks[0].module.get_submodule(NORMS[family]).weight[:4] *= 30  # pyright: ignore[reportIndexIssue, reportOperatorIssue]
-    chain = chain_of(replace(case, context=replace(case.context, steps=48)), Let())
-    report = case.fit(chain, steps=48).run()
-    assert report.best_step > 0 and report.error_after < 0.8 * report.error_before
+    longer = replace(case, context=replace(case.context, steps=48))
+    reports = [case.fit(chain_of(longer, Let()), steps=48, seed=seed).run() for seed in range(4)]
+    assert all(report.best_step > 0 for report in reports)
+    assert sum(report.error_after for report in reports) < 0.8 * sum(report.error_before for report in reports)
 
 
 def test_only_the_last_linear_of_the_mlp_is_left_out() -> None:
