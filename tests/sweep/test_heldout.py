@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from makeweight.methods.finetune.e2e import E2e
 from makeweight.sweep import finetune, heldout
-from makeweight.sweep.fit import MOST_JUDGING, Fit
+from makeweight.sweep.fit import Fit, judging
 from tests.sweep.problem import Problem, problem
 
 
@@ -32,6 +32,10 @@ def test_pieces_of_a_sample_stay_together(samples: int, pieces: int, seed: int) 
     assert {int(piece) // pieces for piece in held[: len(judging)]} == judging, "as many of each where some are used"
 
 
+def test_a_block_is_judged_by_few_pieces() -> None:
+    assert [judging(*case) for case in ((1, 1), (1, 8), (12, 1), (128, 2), (128, 8))] == [1, 1, 1, 16, 32]
+
+
 def test_of_one_sample_pieces_judge() -> None:
     held, train = heldout.split(1, 0, pieces=8)
     assert len(held) == 1 and sorted(torch.cat([held, train]).tolist()) == list(range(8))
@@ -48,11 +52,11 @@ def test_blocks_and_the_whole_network_hold_out_the_same(case: Problem, seed: int
         return Fit(chain, judge, case.hidden_NTD, (), steps=4, batch_size=2, checks=1, seed=seed, pieces=pieces)
 
     used, held, queue = finetune._drawn(whole, E2e(steps=20), seed)  # pyright: ignore[reportPrivateUsage]
-    judging = set(used[held].tolist())
+    judges = set(used[held].tolist())
     for block in map(fit, range(3)):
-        assert {piece // pieces for piece in block.held_out.tolist()} == judging
-        assert not {piece // pieces for piece in block.train.tolist()} & judging
-        assert len(block.held_out) == min(MOST_JUDGING, pieces * len(judging))
-    assert not set(used[queue].tolist()) & judging
+        assert {piece // pieces for piece in block.held_out.tolist()} == judges
+        assert not {piece // pieces for piece in block.train.tolist()} & judges
+        assert len(block.held_out) == judging(whole, pieces)
+    assert not set(used[queue].tolist()) & judges
     orders = [tuple(fit(index).train.tolist()) for index in range(3)]
     assert len(set(orders)) == 3, "blocks learn in orders of their own"

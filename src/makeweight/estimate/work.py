@@ -47,7 +47,8 @@ def solving_seconds(
         return seconds
     cut = in_pieces(plan, recipe)
     largest = max(shapes.values(), key=lambda found: sum(math.prod(shape) for shape in found))
-    work = sum(_block_work(plan, cut, ckpt, shapes[index]) for index in left)
+    judging = fit.judging(recipe.calib.samples, cut.calib.samples // recipe.calib.samples)
+    work = sum(_block_work(plan, cut, ckpt, shapes[index], judging) for index in left)
     passed = set(range(max(left, default=0))) - set(left)
     work += sum(_passing_work(plan, cut, ckpt, shapes[index]) for index in passed)
     if recipe.calib.written and left:
@@ -77,8 +78,8 @@ def _passing_work(plan: Plan, recipe: Recipe, ckpt: Checkpoint, shapes: Sequence
     return (2 + (plan.target is not None)) / 3 * block_flops(shapes, hidden, calib.samples, calib.seqlen)
 
 
-def _block_work(plan: Plan, recipe: Recipe, ckpt: Checkpoint, shapes: Sequence[tuple[int, int]]) -> float:
-    """Return operations of solving one block, and of passing it."""
+def _block_work(plan: Plan, recipe: Recipe, ckpt: Checkpoint, shapes: Sequence[tuple[int, int]], judging: int) -> float:
+    """Return operations of solving one block, whose states `judging` samples tell apart, and of passing it."""
     hidden, calib, tune = ckpt.config.get_text_config().hidden_size, recipe.calib, recipe.tune
     ahead = len(plan.loss.weights()) - 1
     passes = _passing_work(plan, recipe, ckpt, shapes)
@@ -95,8 +96,7 @@ def _block_work(plan: Plan, recipe: Recipe, ckpt: Checkpoint, shapes: Sequence[t
     if not plan.learns:
         return passes
     steps = tune.steps + (PROBES if plan.grid.by_flips else 0)
-    checked = (tune.checks + 2) * min(fit.MOST_JUDGING, max(1, calib.samples // heldout.SHARE))
-    passes += (1 + ahead) * block_flops(shapes, hidden, checked, calib.seqlen) / 3
+    passes += (1 + ahead) * block_flops(shapes, hidden, (tune.checks + 2) * judging, calib.seqlen) / 3
     return passes + steps * step_flops(shapes, hidden, tune.batch_size, calib.seqlen, ahead=ahead, band=plan.band)
 
 

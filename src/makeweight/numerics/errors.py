@@ -16,7 +16,7 @@ def token_error(output_BTD: Tensor, target_BTD: Tensor) -> Tensor:
     the usual size from the middle layers on, arXiv 2402.17762) count as tokens, not as the whole sum. The norm that
     follows in the network rescales tokens in the same way.
     At few bits a token may get massive activations that it does not have in the original: its r is in the thousands,
-    and two of 65,000 such tokens had half of the loss, in every block from there on (LOG.md). By the logarithm one
+    and three such tokens of 65,000 had half of the loss, in every block from there on (LOG.md). By the logarithm one
     that is lost pulls less than others, and where all are lost, there is still a slope.
     """
     target = target_BTD.float()

@@ -39,6 +39,11 @@ class FitReport:
     """Whether what was kept is the mean of the last states."""
 
 
+def judging(samples: int, pieces: int) -> int:
+    """Return how many pieces judge a block's states, of samples in so many pieces each."""
+    return min(MOST_JUDGING, len(heldout.split(samples, 0, pieces=pieces)[0]))
+
+
 class Fit:
     """One block's learning: batches, schedule, checks on held-out samples, best or mean state, rollback."""
 
