@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -114,6 +114,7 @@ def test_a_group_of_one_outlier_keeps_its_range() -> None:
 
 
 @settings(max_examples=60, deadline=None)
+@example(kind="one-sided", bits=8, power=0.5, scale_dtype=torch.float32, seed=55)  # of a weight nearly on the grid
 @given(
     kind=st.sampled_from(KINDS),
     bits=st.integers(2, 8),
@@ -129,7 +130,7 @@ def test_half_quadratic_is_never_worse_and_can_be_stored(
     assert torch.equal(scale, scale.to(scale_dtype).float()) and (scale > 0).all()
     assert torch.equal(zero, zero.round()) and scheme.qmin <= zero.min() and zero.max() <= scheme.qmax
     start = error_of(weight, *qparams(*ranges(weight), scheme, scale_dtype), scheme, power)
-    assert torch.all(error_of(weight, scale, zero, scheme, power) <= start * (1 + 1e-4))
+    assert torch.all(error_of(weight, scale, zero, scheme, power) <= start)
 
 
 @pytest.mark.parametrize(("bits", "share"), [(2, 0.85), (3, 0.93), (4, 0.98)])

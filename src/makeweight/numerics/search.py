@@ -115,7 +115,7 @@ def _split(
         rest_OGS = (weight_OGS / scale_OG.unsqueeze(-1)).sub_(codes_OGS)
         size_OGS = rest_OGS.abs().clamp_(min=SMALLEST)
         pull_OGS = size_OGS.pow(power - 1)
-        error_OG = (size_OGS * pull_OGS).sum(-1) * scale_OG.pow(power)
+        error_OG = power_error(codes_OGS * scale_OG.unsqueeze(-1) - weight_OGS, power)  # as it will be read
         better_OG = error_OG < least_OG
         if not better_OG.any():
             break
