@@ -27,7 +27,11 @@ EFFORTS: dict[str, Effort] = {
     "light": Effort(method="autoround+e2e", steps=40, batch_size=4, options={"e2e": {"steps": 50}}),
     "default": Effort(method=Recipe.method, steps=Tune.steps, batch_size=Tune.batch_size),
     "best": Effort(
-        method="flipround+cl+e2e", steps=800, batch_size=2, options={"e2e": {"steps": 600}}, written=Calib.nsamples
+        method="flipround+cl+e2e",
+        steps=800,
+        batch_size=2,
+        options={"flipround": {"rate": 12.0}, "e2e": {"steps": 600}},
+        written=Calib.nsamples,
     ),
 }
 

@@ -33,7 +33,7 @@ class Problem:
     context: Context
 
     def stream(self, batch_size: int = 4) -> Stream:
-        return Stream(self.hidden_NTD, batch_size=batch_size, device=CPU)
+        return Stream(self.hidden_NTD.clone(), batch_size=batch_size, device=CPU)
 
     def chain(self, *steps: MapStep, grid: GridStep | None = None, index: int = 0) -> Chain:
         block = self.blocks[index]

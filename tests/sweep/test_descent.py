@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from makeweight.methods.base import Context
+from makeweight.methods.base import Context, Learnables
 from makeweight.methods.grid.rounding import REACH, Rounding
 from makeweight.methods.weight.sde import Sde
 from makeweight.numerics.scheme import Scheme
@@ -55,3 +55,17 @@ def test_a_share_of_the_rate_and_what_has_no_gradient() -> None:
     assert torch.equal(low, before)
     descent.zero_grad()
     assert offset.grad is None
+
+
+@pytest.mark.parametrize(("betas", "forgets"), [((0.0, 0.0), True), ((0.9, 0.999), False)])
+def test_each_group_forgets_as_fast_as_it_says(betas: tuple[float, float], forgets: bool) -> None:
+    """What remembers nothing goes a whole step back where the slope turns round; AdamW's usual way hardly moves."""
+    parameter = torch.nn.Parameter(torch.zeros(4))
+    descent = Descent([Learnables("any", (parameter,), rate=0.1, betas=betas)], STEPS)
+    parameter.grad = torch.ones(4)
+    descent.step(1)
+    assert float(parameter[0]) == pytest.approx(-0.1, rel=1e-4)
+    parameter.grad = -torch.ones(4)
+    descent.step(2)
+    fall = FINAL_RATE + (1 - FINAL_RATE) * 0.5 * (1 + math.cos(math.pi / STEPS))
+    assert (float(parameter[0]) == pytest.approx(-0.1 + 0.1 * fall, rel=1e-4)) == forgets

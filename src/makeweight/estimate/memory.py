@@ -81,7 +81,7 @@ def _stream(recipe: Recipe, ckpt: Checkpoint, size: int) -> float:
 
 def _streams(plan: Plan) -> int:
     """Return in how many places of the network hidden states are held while a block learns."""
-    return 2 + len(plan.loss.weights()) + (plan.target is not None)
+    return 1 + len(plan.loss.weights()) + (plan.target is not None)
 
 
 def _wider(ckpt: Checkpoint, size: int) -> float:

@@ -74,7 +74,7 @@ class Learnables:
 
     The optimiser's rate is `rate`, which the user sees and sets, times `unit`, which the map derives from shapes.
     `descent` is AdamW with a rate that falls along a cosine, or the sign of the gradient with one that falls to zero
-    in a straight line.
+    in a straight line. `betas` are how slowly AdamW forgets slopes and their squares.
     """
 
     name: str
@@ -82,6 +82,7 @@ class Learnables:
     rate: float
     unit: float = 1.0
     descent: Literal["adam", "sign"] = "adam"
+    betas: tuple[float, float] = (0.9, 0.999)
 
 
 class Map(nn.Module, ABC):

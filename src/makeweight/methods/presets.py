@@ -38,7 +38,7 @@ PRESETS: dict[str, Method] = {
         step=Rounding(), summary="learnable rounding of every weight", source="arXiv 2309.05516 (SignRound)"
     ),
     "flipround": Method(
-        step=Rounding(rate=3.0, descent="adam", own=0.75, damp=0.5, start="inputs"),
+        step=Rounding(rate=7.0, descent="adam", own=0.75, damp=0.5, start="inputs"),
         summary="learnable rounding by what a flip of each code costs",
         source="ours; arXiv 2309.05516 for the offsets, 1206.6464 for curvature",
     ),

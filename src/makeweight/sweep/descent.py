@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 
@@ -18,10 +19,11 @@ class Descent:
 
     def __init__(self, learnables: Iterable[Learnables], steps: int) -> None:
         self.steps = steps
-        groups = {"adam": [], "sign": []}
+        groups: dict[str, list[dict[str, Any]]] = {"adam": [], "sign": []}
         for group in learnables:
             rate = group.rate * group.unit
-            groups[group.descent].append({"params": list(group.params), "lr": rate, "base_rate": rate})
+            how = {"betas": group.betas} if group.descent == "adam" else {}
+            groups[group.descent].append({"params": list(group.params), "lr": rate, "base_rate": rate, **how})
         self.parts: list[tuple[torch.optim.Optimizer, bool]] = []
         if groups["adam"]:
             # Losses are relative errors of a few percent spread over many parameters: gradients near AdamW's usual eps.

@@ -35,6 +35,8 @@ from makeweight.methods.grid.search import Start, check_start, first_ranges, rea
 from makeweight.numerics.flips import Curvature, Flips
 
 REACH = 0.5
+BETAS = (0.5, 0.99)
+"""What AdamW keeps of older slopes: less than it usually does, for flips that have paid change what others pay."""
 LEAST_STEPS = 200
 """Shorter runs of AdamW step no further than one of so many: three times a thirtieth ruined a block (LOG.md)."""
 
@@ -69,7 +71,8 @@ class RoundingGrid(RangeGrid):
         params = (*self.offsets.values(), *self.low.values(), *self.high.values())
         name = "flipround.rate" if self.step.by_flips else "autoround.rate"
         least = LEAST_STEPS if self.step.descent == "adam" else 1
-        yield Learnables(name, params, self.step.rate, 1 / max(least, self.context.steps), self.step.descent)
+        unit = 1 / max(least, self.context.steps)
+        yield Learnables(name, params, self.step.rate, unit, self.step.descent, BETAS)
 
     def constrain(self) -> None:  # noqa: D102
         for offset_OI in self.offsets.values():
