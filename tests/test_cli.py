@@ -103,7 +103,9 @@ def test_effort(ran: list[Any], tmp_path: Path) -> None:
     assert main("quantize --model m --out o --effort best --steps 7 --set e2e.norms=false".split()) == 0
     best = with_effort(plain, "best")
     assert ran.pop() == replace(
-        best, tune=replace(best.tune, steps=7), options={"e2e": {**best.options["e2e"], "norms": False}}
+        best,
+        tune=replace(best.tune, steps=7),
+        options={**best.options, "e2e": {**best.options["e2e"], "norms": False}},
     )
     replace(plain, method="lwc+sde", options={"sde": {"band": 2}}, seed=3).save(tmp_path / "r.json")
     assert main(["quantize", "--recipe", str(tmp_path / "r.json"), "--effort", "light"]) == 0

@@ -87,9 +87,7 @@ class Finetune:
             place(module, device, context.dtype)
             block = Block(index, module, ckpt.linears(), kwargs, context.scheme.activations)
             if self.last_NTD is not None:
-                advance(
-                    block, self.last_NTD, batch_size=AT_ONCE * step.batch_size, device=device, out=self.last_NTD
-                )
+                advance(block, self.last_NTD, batch_size=AT_ONCE * step.batch_size, device=device, out=self.last_NTD)
             if index in solved:
                 codes, rest = solved[index]
                 codes = {name: tensor.to(device) for name, tensor in codes.items()}
