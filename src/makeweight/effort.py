@@ -24,7 +24,7 @@ class Effort:
 
 
 EFFORTS: dict[str, Effort] = {
-    "light": Effort(method="autoround+e2e", steps=40, batch_size=4, options={"e2e": {"steps": 50}}),
+    "light": Effort(method=Recipe.method, steps=60, batch_size=2, options={"e2e": {"steps": 50}}),
     "default": Effort(method=Recipe.method, steps=Tune.steps, batch_size=Tune.batch_size),
     "best": Effort(
         method="flipround+cl+e2e",
