@@ -36,7 +36,7 @@ from makeweight.numerics.flips import Curvature, Flips
 
 REACH = 0.5
 BETAS = (0.5, 0.99)
-"""What AdamW keeps of older slopes: less than it usually does, for flips that have paid change what others pay."""
+"""What AdamW keeps of older slopes: less than usual, for every flip changes what other flips pay (LOG.md)."""
 LEAST_STEPS = 200
 """Shorter runs of AdamW step no further than one of so many: three times a thirtieth ruined a block (LOG.md)."""
 
