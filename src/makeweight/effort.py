@@ -30,7 +30,7 @@ EFFORTS: dict[str, Effort] = {
         method="flipround+cl+e2e",
         steps=800,
         batch_size=2,
-        options={"flipround": {"rate": 12.0}, "e2e": {"steps": 600}},
+        options={"flipround": {"rate": 10.0}, "e2e": {"steps": 600}},
         written=Calib.nsamples,
     ),
 }

@@ -33,7 +33,7 @@ class Stream:
     """The quantized stream at the current block, and the original's outputs from the current block on.
 
     Memory is (2 + ahead) N T D values, whatever the depth of the network and also on the way through a block: the
-    quantized stream is overwritten, what it began as with it, and targets of a passed block are, with new ones.
+    quantized stream is written over `hidden_NTD`, which belongs to it from now on, and new targets over passed ones.
     """
 
     def __init__(self, hidden_NTD: Tensor, *, batch_size: int, device: torch.device) -> None:
