@@ -16,14 +16,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from makeweight.evals.perplexity import evaluate
-from makeweight.job import Job
 from makeweight.methods.base import Context, Grid
 from makeweight.methods.grid.gptq import Gptq
 from makeweight.models.load import open_checkpoint
 from makeweight.numerics.qtensor import QTensor
 from makeweight.numerics.scheme import Scheme
 from makeweight.pipeline import quantize
-from makeweight.recipe import Calib, Eval, Recipe, Tune
+from makeweight.recipe import Eval, Recipe, Tune
 from makeweight.report.record import Record
 from tests.runs import a_text, our_logits, same_bits, small, tensors, weights_of
 from tests.tiny import tiny_folder
@@ -177,34 +176,6 @@ def test_only_the_chosen_blocks_change(llama: Path, tmp_path: Path, text: Path) 
 
 def test_the_largest_seed(llama: Path, tmp_path: Path, text: Path) -> None:
     quantize(small(llama, tmp_path / "out", text, method="lwc", seed=2**63 - 1, eval=NOT_MEASURED))
-
-
-def test_learning_sees_pieces_of_the_samples(llama: Path, tmp_path: Path, text: Path) -> None:
-    recipe = small(
-        llama, tmp_path / "out", text, method="lwc+e2e", calib=Calib(dataset=str(text), nsamples=4, seqlen=25)
-    )
-    whole, cut = Job.prepare(recipe), Job.prepare(replace(recipe, calib=replace(recipe.calib, piece=12, written=1)))
-    assert whole.tokens_NT is not None and cut.tokens_NT is not None and whole.plan.finetune and cut.plan.finetune
-    assert whole.tokens_NT.shape == (4, 25)
-    assert torch.equal(cut.tokens_NT, whole.tokens_NT[:, :24].reshape(12, 8)), "pieces are equal, and none is too long"
-    assert cut.whole_NT is not None and torch.equal(cut.whole_NT, whole.tokens_NT[:, :24]), "the network sees it whole"
-    assert cut.cut.calib.samples == 15
-    assert cut.solver().tune.batch_size == 3 * recipe.tune.batch_size
-    assert cut.plan.finetune.batch_size == whole.plan.finetune.batch_size
-    assert cut.identity() != whole.identity()
-    gptq = replace(recipe, method="gptq", calib=replace(recipe.calib, piece=12))
-    tokens_NT = Job.prepare(gptq).tokens_NT
-    assert tokens_NT is not None and tokens_NT.shape == (4, 25), "nothing is learned"
-
-
-@pytest.mark.parametrize(("seqlen", "piece"), [(25, 12), (20, 3), (24, 7)])
-def test_there_are_as_many_pieces_as_is_counted_on(
-    seqlen: int, piece: int, llama: Path, tmp_path: Path, text: Path
-) -> None:
-    calib = Calib(dataset=str(text), nsamples=2, seqlen=seqlen, piece=piece)
-    job = Job.prepare(small(llama, tmp_path / "out", text, method="lwc", calib=calib))
-    assert job.tokens_NT is not None
-    assert job.tokens_NT.shape == (job.cut.calib.nsamples, job.cut.calib.seqlen)
 
 
 def test_a_rate_of_zero_learns_nothing(llama: Path, tmp_path: Path, text: Path) -> None:

@@ -32,6 +32,7 @@ from makeweight.paths import expanded
 from makeweight.plan import Plan, check, compose, in_pieces
 from makeweight.recipe import Recipe
 from makeweight.store import Store
+from makeweight.sweep import heldout
 from makeweight.sweep.chain import Steps
 from makeweight.sweep.finetune import steps_taken
 from makeweight.sweep.run import Solver
@@ -131,6 +132,18 @@ class Job:
             tuned=_tuned(self.plan, folder),
         )
 
+    @property
+    def pieces(self) -> int:
+        """How many pieces blocks see of a sample."""
+        return self.cut.calib.nsamples // self.recipe.calib.nsamples
+
+    def prompts(self) -> Tensor:
+        """Return the calibration samples, as blocks see them, that the model may go on from: none that judges."""
+        assert self.tokens_NT is not None
+        _, learned = heldout.split(self.recipe.calib.samples, self.recipe.seed, pieces=self.pieces)
+        learned_NT = self.tokens_NT[learned[learned < len(self.tokens_NT)]]
+        return learned_NT if len(learned_NT) else self.tokens_NT  # the only one given may be the one that judges
+
     def outlook(self) -> str:
         """Say what weights become and what that takes, and where it is more than this machine has."""
         expected = self.estimate()
@@ -205,7 +218,7 @@ class Job:
             rounding=self.plan.rounding,
             judge_weights=self.plan.loss.weights(),
             same_input=self.plan.target.weight if self.plan.target else 0.0,
-            pieces=self.cut.calib.nsamples // recipe.calib.nsamples,
+            pieces=self.pieces,
             tune=tune,
             seed=recipe.seed,
             context=Context(

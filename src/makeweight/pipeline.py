@@ -146,7 +146,7 @@ class Run:
             first = job.ckpt.start_token(job.ckpt.tokenizer())
             with progress.bar("writing text") as tick:
                 new_NT = written_tokens(
-                    job.ckpt, tokens_NT, count, device=job.device, seed=seed, start=first, tick=tick
+                    job.ckpt, job.prompts(), count, device=job.device, seed=seed, start=first, tick=tick
                 )
             kept = {"tokens": new_NT}
             kept["seconds"] = torch.tensor([time.perf_counter() - start])
