@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from makeweight.cli import main
 from makeweight.errors import UserError
 from makeweight.options import evaluated, evaluation, parse_option, parse_rate, rates, remark
 from makeweight.recipe import Eval, Recipe, Tune
@@ -63,3 +64,18 @@ def test_no_steps_are_remarked_where_they_would_have_learned(capsys: pytest.Capt
     for quiet in (replace(idle, tune=Tune(steps=1)), Recipe(model="m", out="o", method="gptq")):
         remark(quiet)
         assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("quantize --bits x", "--bits x is not a whole number: give one."),
+        ("quantize --steps 2 --iters=1.5", "--iters 1.5 is not a whole number: give one."),
+        ("quantize --group_size 9k", "--group-size 9k is not a whole number: give one."),
+        ("evaluate . --windows 0", "--windows 0: input should be greater than or equal to 1."),
+        ("verify", "Missing argument 'path'."),
+    ],
+)
+def test_a_value_that_is_no_number_is_named(words: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words.split()) == 2
+    assert capsys.readouterr().err == f"makeweight: {said}\n"

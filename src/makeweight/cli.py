@@ -54,10 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         place = error.filename or "the system"
         return _refuse(f"{place} gives an error ({error.strerror or error}): check path, permissions and free space.")
     except typer.TyperException as error:
-        said = error.format_message().rstrip(".")
-        if words[0] == "quantize" and "extra argument" in said:
-            said += ": name what it is, as in --model FOLDER"
-        return _refuse(said if said.endswith("?") else f"{said}.")
+        return _refuse(options.misread(error, words))
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise

@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
+
+import typer
 
 from makeweight.effort import with_effort
 from makeweight.errors import UserError
@@ -15,6 +18,30 @@ from makeweight.numerics.scheme import Scheme
 from makeweight.recipe import Eval, Option, Recipe
 
 T = TypeVar("T")
+
+
+def misread(error: typer.TyperException, words: Sequence[str]) -> str:
+    """Say in one sentence what a command line has wrong, and of an option's value which."""
+    said = error.format_message().rstrip(".")
+    if isinstance(error, typer.BadParameter) and error.param is not None:
+        option, value = _last(words, error.param.opts)
+        if value and not re.fullmatch(r"[+-]?\d+", value):  # all other values are taken as they are
+            return f"{option} {value} is not a whole number: give one."
+        if value:
+            return f"{option} {value}: {error.message[:1].lower()}{error.message[1:]}."
+    if words[0] == "quantize" and "extra argument" in said:
+        said += ": name what it is, as in --model FOLDER"
+    return said if said.endswith("?") else f"{said}."
+
+
+def _last(words: Sequence[str], names: Sequence[str]) -> tuple[str, str]:
+    """Return the last of some options that was given, and its value, which may be a word of its own."""
+    found = "", ""
+    for word, behind in zip(words, (*words[1:], ""), strict=True):
+        name, equals, value = word.partition("=")
+        if name in names:
+            found = name, value if equals else behind
+    return found
 
 
 def start(model: str | None, out: str | None, scheme: Scheme) -> Recipe:
