@@ -13,7 +13,8 @@ from makeweight.paths import locked
 from makeweight.recipe import Eval
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
+RESULTS = Path(os.environ.get("MAKEWEIGHT_RESULTS") or ROOT / "benchmarks" / "results").resolve()
+"""What lies there is not run again; another folder begins anew."""
 WORK = ROOT / "out"
 SEQLEN = 2048
 WIKITEXT_WINDOWS, ENWIKI_WINDOWS = 12, 6

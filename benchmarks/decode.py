@@ -26,12 +26,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from benchmarks.common import write_json
+from benchmarks.common import RESULTS, write_json
 
 ROLES = ("ours", "other", "dense")
 PROMPT = "The lighthouse keeper counted 17 ships before noon and"
-RESULTS = Path(__file__).parent / "results" / "decode.json"
-ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+FILE = RESULTS / "decode.json"
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_CPU_INT4_W4A8": "0",  # where the processor can, vLLM would round the activations of 4-bit models to 8 bits
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+}
 
 Decode = Callable[[int], int]
 """Goes on after the prompt for so many tokens and returns how many there were."""
@@ -176,9 +181,9 @@ def main() -> None:
         span = f"({row['lowest']:.1f} - {row['highest']:.1f})"
         speed = f"{row['tokens_per_second']:>10.1f}   {span:<18}"
         print(f"  {row['role']:<8} {row['megabytes']:>10.0f} {speed} {row['times_ours']:>12.3f}")
-    kept = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    kept = json.loads(FILE.read_text()) if FILE.is_file() else {}
     names = " ".join(Path(folder).name for folder in args.folders)
-    write_json(RESULTS, {**kept, f"{args.runtime}: {names}": found})
+    write_json(FILE, {**kept, f"{args.runtime}: {names}": found})
 
 
 if __name__ == "__main__":

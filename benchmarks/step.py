@@ -17,13 +17,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from operator import truediv
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.common import write_json
+from benchmarks.common import RESULTS, write_json
 from makeweight.calib.capture import place
 from makeweight.methods.base import Context
 from makeweight.models.attention import speed_up
@@ -47,7 +46,7 @@ SIZES = {  # hidden size, intermediate size, query heads, key and value heads
     "SmolLM2-135M block": (576, 1536, 9, 3),
     "7B block": (4096, 11008, 32, 32),
 }
-RESULTS = Path(__file__).parent / "results" / "step.json"
+FILE = RESULTS / "step.json"
 
 
 def layers(title: str, count: int, device: torch.device) -> list[Block]:
@@ -229,7 +228,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     keep_freed_memory()
     device = torch.device(args.device)
-    found: dict[str, object] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    found: dict[str, object] = json.loads(FILE.read_text()) if FILE.is_file() else {}
     machine = {"device": device.type, "threads": args.threads, "torch": torch.__version__}
     machine["dtype"] = name_of(named_dtype("auto", device))
     for title in SIZES if args.big else list(SIZES)[:1]:
@@ -249,7 +248,7 @@ def main() -> None:
         print(f"{title}, forward and backward")
         for name, took in times.items():
             print(f"  {name:<12} {took * 1e3:7.1f} ms  {times[first] / took:5.1f} x {first}")
-    write_json(RESULTS, found | parts)
+    write_json(FILE, found | parts)
 
 
 if __name__ == "__main__":

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from makeweight.cli import main
 from makeweight.errors import UserError
-from makeweight.options import evaluated, evaluation, parse_option, parse_rate, rates, remark
+from makeweight.numerics.scheme import Scheme
+from makeweight.options import evaluated, evaluation, parse_option, parse_rate, rates, remark, start
 from makeweight.recipe import Eval, Recipe, Tune
 
 
@@ -79,3 +81,22 @@ def test_no_steps_are_remarked_where_they_would_have_learned(capsys: pytest.Capt
 def test_a_value_that_is_no_number_is_named(words: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words.split()) == 2
     assert capsys.readouterr().err == f"makeweight: {said}\n"
+
+
+@pytest.mark.parametrize("model", [".", "./", "../model", "../model/../model/"])
+def test_the_result_of_a_folder_is_named_after_it(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path / "model")
+    assert start(model, None, Scheme()).out == "model-w4a16g128"
+
+
+def test_the_result_of_a_link_is_named_after_the_link(tmp_path: Path) -> None:
+    (tmp_path / "model").symlink_to(tmp_path)
+    assert start(str(tmp_path / "model"), None, Scheme()).out == "model-w4a16g128"
+
+
+def test_a_path_that_no_recipe_can_hold(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["quantize", "--model", "m", "--out", "caf\udce9"]) == 2
+    assert capsys.readouterr().err == (
+        "makeweight: out='caf\\udce9' is not UTF-8, as a recipe has to be: give it another name.\n"
+    )

@@ -123,6 +123,7 @@ def test_impossible_methods(method: str, says: str) -> None:
         ("sde", {"sde": {"drift": 0.0}}, "sde: drift 0.0"),
         ("lwc+cl", {"cl": {"ahead": 0}}, "cl: ahead 0"),
         ("lwc+cl", {"cl": {"decay": 0.0}}, "cl: ahead 1 must be at least 1 and decay 0.0"),
+        ("lwc+cl", {"cl": {"ahead": 2, "decay": 1e200}}, "decay 1e+200 above 0, and neither of them above 100"),
         ("lwc+e2e", {"e2e": {"steps": 0}}, "e2e: steps 0 and batch_size 1 must be at least 1"),
         ("autoround", {"autoround": {"start": "hqq"}}, "autoround: start 'hqq' is unknown: choose inputs, mse"),
         (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ import typer
 from makeweight.effort import with_effort
 from makeweight.errors import UserError
 from makeweight.numerics.scheme import Scheme
+from makeweight.paths import expanded
 from makeweight.recipe import Eval, Option, Recipe
 
 T = TypeVar("T")
@@ -48,7 +50,8 @@ def start(model: str | None, out: str | None, scheme: Scheme) -> Recipe:
     """Begin a recipe from the command line alone; without --out the folder is named after model and scheme."""
     if model is None:
         raise UserError("--model is missing: name a Hugging Face folder, a hub name or a GGUF file.")
-    name = Path(model.rstrip("/")).name.removesuffix(".gguf") or "model"
+    path = expanded(model)  # a folder may be called . or .., and a link keeps its own name
+    name = Path(os.path.abspath(path) if path.is_dir() else model.rstrip("/")).name.removesuffix(".gguf") or "model"
     return Recipe(model=model, out=out or f"{name}-{scheme}".lower())
 
 

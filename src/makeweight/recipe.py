@@ -281,6 +281,10 @@ def _text(name: str, value: object) -> str:
     value = str(value) if isinstance(value, PathLike) else value
     if not isinstance(value, str) or not value.strip():
         raise UserError(f"{name}={value!r} is empty or not text: name one.")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{name}={value!r} is not UTF-8, as a recipe has to be: give it another name.") from None
     return value
 
 

@@ -58,3 +58,17 @@ def test_scales_that_cannot_reach_their_next_value_are_left(bits: int, steps: in
     names = ["e2e.rate"] if learned else []
     assert [group.name for group in refinement.learnables()] == [*names, "e2e.norm_rate"]
     assert all(weight_OI.requires_grad == learned for name, weight_OI in refinement().items() if name in codes)
+
+
+def test_norms_are_judged_as_they_are_stored() -> None:
+    where = context(Scheme(bits=4, group_size=16))
+    codes = Rtn().build(a_state(), where).codes(a_state())
+    refinement = E2e().build(codes, {"norm.weight": torch.ones(64, dtype=torch.bfloat16)}, where)
+    with torch.no_grad():
+        for group in refinement.learnables():
+            if group.name == "e2e.norm_rate":
+                group.params[0].add_(0.01 * torch.randn(64, generator=torch.Generator().manual_seed(0)))
+    judged = refinement()["norm.weight"]
+    assert judged.dtype == torch.float32 and judged.requires_grad
+    assert torch.equal(judged, refinement.learned_rest()["norm.weight"].float())
+    assert not torch.equal(judged, torch.ones(64))

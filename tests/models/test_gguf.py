@@ -242,14 +242,17 @@ def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.slow
-def test_the_demo_model(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_demo_model(tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its own tokenizer is read, and not one that lies beside it."""
     from transformers import AutoModelForCausalLM
 
     try:
         file = demo_model()
     except UserError as error:
         pytest.skip(str(error))
-    checkpoint = open_checkpoint(file)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    (link := tmp_path / file.name).symlink_to(file)
+    checkpoint = open_checkpoint(link)
     assert (checkpoint.spec.family, checkpoint.n_blocks, checkpoint.dtype) == ("llama", 30, torch.bfloat16)
     assert [item.name for item in cache.iterdir()] == [checkpoint.path.name]
     assert "quantization_config" not in json.loads((checkpoint.path / "config.json").read_text())

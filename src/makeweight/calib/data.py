@@ -1,7 +1,8 @@
 """Text in, token ids out: calibration crops and evaluation windows.
 
 A source is a local file (`.txt`, `.raw`, `.jsonl`, `.parquet`), the name of a public data set (`wikitext2`, `c4`,
-`ptb`, `pile-10k`, with an optional part as in `wikitext2:test`), or `python-docs`, which needs no network.
+`ptb`, `pile-10k`, with an optional part as in `wikitext2:test`), or `python-docs` or `python-code`,
+which need no network.
 Shapes: N samples or windows, T tokens.
 """
 

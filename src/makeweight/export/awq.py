@@ -62,7 +62,6 @@ class Awq(HfFormat):
     """Version "gemm", with zero-points; on a symmetric grid they are all 8."""
 
     name = "awq"
-    summary = "AWQ's GEMM layout: 4 bits, symmetric or not"
     parts = ("qweight", "qzeros", "scales")
 
     def loads(self, facts: Facts) -> tuple[str, ...]:  # noqa: D102

@@ -60,7 +60,6 @@ class Format(ABC):
     """One kind of output folder."""
 
     name: ClassVar[str]
-    summary: ClassVar[str]
     rounds_activations: ClassVar[bool] = False
     """Whether what loads it rounds activations as the scheme says."""
 

@@ -94,7 +94,6 @@ class CompressedTensors(HfFormat):
     """The format of the solved folder itself, in fewer shards."""
 
     name = "compressed-tensors"
-    summary = "packed words of 2-8 bits, or int8 weights and activations"
     rounds_activations = True
     parts = tuple(part for part in packed.PARTS if part != "weight_g_idx")
 

@@ -19,7 +19,6 @@ class Dense(HfFormat):
     """A folder like the original's."""
 
     name = "dense"
-    summary = "dequantized to the model's dtype; any runtime, no memory saved"
     parts = ("weight",)
 
     def loads(self, facts: Facts) -> tuple[str, ...]:  # noqa: D102

@@ -31,9 +31,6 @@ class Gguf(Format):
     """A folder with one .gguf file; tensors that were not quantized keep their values."""
 
     name = "gguf"
-    summary = (
-        "llama.cpp's smallest block that holds the codes, Q2_0 to Q8_0: 2-3 bits mostly take the place of 4, 6-7 of 8"
-    )
 
     def loads(self, facts: Facts) -> tuple[str, ...]:  # noqa: D102
         block = gguf_blocks.block_for(facts)

@@ -98,7 +98,6 @@ class Gptq(HfFormat):
     """Version 2: zero-points as they are."""
 
     name = "gptq"
-    summary = "GPTQ version 2: packed words of 2, 3, 4 and 8 bits, any zero-point"
     parts = PARTS
     less: ClassVar[int] = 0
     """What is taken from a zero-point before it is stored."""
@@ -143,7 +142,6 @@ class GptqV1(Gptq):
     """Version 1: zero-points less one."""
 
     name = "gptq-v1"
-    summary = "GPTQ version 1, which older runtimes read: symmetric, or no zero-point of 0"
     less = 1
 
     def loads(self, facts: Facts) -> tuple[str, ...]:  # noqa: D102
@@ -169,7 +167,6 @@ class AutoRound(Gptq):
     """The tensors of version 2 under auto-round's name for them, by which transformers finds its kernels."""
 
     name = "auto-round"
-    summary = "the tensors of GPTQ version 2 as auto-round describes them: 2, 3, 4 and 8 bits, any zero-point"
 
     def loads(self, facts: Facts) -> tuple[str, ...]:  # noqa: D102
         return ("transformers 5 with auto-round 0.16, CPU too",)

@@ -167,7 +167,6 @@ class Onnx(Format):
     """A folder with `model.onnx`, its data, and what onnxruntime-genai needs to chat with it."""
 
     name = "onnx"
-    summary = "ONNX graph with MatMulNBits of 2, 4 and 8 bits, for decoders of the LLaMA family"
 
     def loads(self, facts: Facts) -> tuple[str, ...]:  # noqa: D102
         return ("ONNX Runtime 1.32", "onnxruntime-genai 0.18")

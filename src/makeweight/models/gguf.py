@@ -21,7 +21,7 @@ from makeweight.errors import UserError
 from makeweight.models.gguf_rope import UnknownScaling, rope_parameters
 from makeweight.models.registry import empty_model, spec_for
 from makeweight.models.shards import first_line
-from makeweight.paths import locked, to_disk
+from makeweight.paths import expanded, locked, to_disk
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 MAGIC = b"GGUF"
-CONVERSION = 2
+CONVERSION = 3
 """Raised whenever a file would become another folder than before: those made before are not used again."""
 BIASES = {"attention_bias": ".attn_q.bias", "mlp_bias": ".ffn_up.bias"}
 """What a configuration says of biases, which transformers does not look for, and how the name of one of them ends."""
@@ -53,7 +53,7 @@ def demo_model() -> Path:
 
 def cache_folder() -> Path:
     """Return `$MAKEWEIGHT_CACHE`, or `~/.cache/makeweight`."""
-    return Path(os.environ.get("MAKEWEIGHT_CACHE") or "~/.cache/makeweight").expanduser()
+    return expanded(os.environ.get("MAKEWEIGHT_CACHE") or "~/.cache/makeweight")
 
 
 def to_folder(file: Path) -> Path:
@@ -157,17 +157,18 @@ def _convert(file: Path, folder: Path, said: _Said) -> None:
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    arguments: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
+    # The folder, which is empty still, and not the file's own: a tokenizer that lies beside the file would be taken.
+    arguments: dict[str, Any] = {"gguf_file": str(file.resolve()), "local_files_only": True}
     with _quiet():
-        config = _by_transformers(file, lambda: AutoConfig.from_pretrained(file.parent, **arguments))
+        config = _by_transformers(file, lambda: AutoConfig.from_pretrained(folder, **arguments))
         for flag, ending in BIASES.items():
             if hasattr(config, flag) and any(name.endswith(ending) for name in said.biases):
                 setattr(config, flag, True)
         config.dtype = torch.bfloat16
         spec_for(config, empty_model(config))  # refuses, before the weights are read, what would be refused afterwards
         loading = {"config": config, "dtype": torch.bfloat16, "output_loading_info": True, **arguments}
-        loaded: Any = _by_transformers(file, lambda: AutoModelForCausalLM.from_pretrained(file.parent, **loading))
-        tokenizer = _by_transformers(file, lambda: AutoTokenizer.from_pretrained(file.parent, **arguments))
+        loaded: Any = _by_transformers(file, lambda: AutoModelForCausalLM.from_pretrained(folder, **loading))
+        tokenizer = _by_transformers(file, lambda: AutoTokenizer.from_pretrained(folder, **arguments))
         model, found = loaded
         if missing := sorted({*found["missing_keys"]} - {*(getattr(model, "all_tied_weights_keys", None) or {})}):
             raise UserError(f"{file} lacks {missing[0]}, which transformers would make up: give a complete model.")

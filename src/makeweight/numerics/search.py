@@ -1,4 +1,4 @@
-"""Ranges chosen from the weights alone: by search, at quantiles, or by half-quadratic splitting.
+"""Ranges chosen from the weights: by search, each as its input counts, at quantiles, by half-quadratic splitting.
 
 Shapes: O out, G groups per row, S inputs per group, K extreme weights of a group.
 """

@@ -135,8 +135,8 @@ class Sweep:
     def _freeze(self, block: Block, chain: Chain, fit: Fit, nearest: float) -> tuple[Frozen, dict[str, float]]:
         """Return what was learned, rounded by the step that rounds, where it is one of its own, and its errors.
 
-        What is learned is learned for the nearest codes, whose held-out error is `nearest`; where these are better
-        than the step's own, they stay.
+        What is learned is learned for the nearest codes, whose held-out error is `nearest`; where something was
+        learned and these are better than the step's own, they stay.
         """
         solver = self.solver
         if solver.rounding is None:

@@ -89,8 +89,13 @@ class Scales(Refinement):
 
     def forward(self) -> dict[str, Tensor]:  # noqa: D102
         weights = {name: self._weight(name) for name in self.codes}
-        rest = {**self.rest, **{name: self.norms[self.names[name]] for name in self.learned}}
+        rest = {**self.rest, **{name: self._norm(name) for name in self.learned}}
         return {**weights, **{name: tensor.to(self.context.dtype) for name, tensor in rest.items()}}
+
+    def _norm(self, name: str) -> Tensor:
+        """Return a norm's weight as it is stored, fp32; gradients pass."""
+        norm = self.norms[self.names[name]]
+        return norm + (norm.to(self.rest[name].dtype).float() - norm).detach()
 
     def _weight(self, name: str) -> Tensor:
         held, scale_OG = self.codes[name], self.scales(name)

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from makeweight.errors import UserError
 from makeweight.methods.base import LossStep
 
+MOST = 100
+
 
 @dataclass(frozen=True, kw_only=True)
 class Mse(LossStep):
@@ -38,8 +40,9 @@ class CrossLayer(LossStep):
     decay: float = 0.3
 
     def __post_init__(self) -> None:
-        if self.ahead < 1 or self.decay <= 0:
-            raise UserError(f"ahead {self.ahead} must be at least 1 and decay {self.decay} above 0.")
+        if not (1 <= self.ahead <= MOST and 0 < self.decay <= MOST):
+            said = f"ahead {self.ahead} must be at least 1 and decay {self.decay} above 0"
+            raise UserError(f"{said}, and neither of them above {MOST}.")
 
     def weights(self) -> tuple[float, ...]:  # noqa: D102
         return tuple(self.decay**k for k in range(self.ahead + 1))
