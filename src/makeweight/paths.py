@@ -85,3 +85,12 @@ def to_disk(file: Path) -> None:
     """Bring a written file to the disk, whatever happens to the machine afterwards."""
     with file.open("r+b") as stream:  # Windows brings only what is open for writing to the disk
         os.fsync(stream.fileno())
+
+
+def settle(part: Path, final: Path) -> None:
+    """Bring a file to the disk, then to its name: after a power cut it is whole or absent."""
+    to_disk(part)
+    mask = os.umask(0)
+    os.umask(mask)
+    part.chmod(0o666 & ~mask)  # safetensors makes its files private
+    part.replace(final)

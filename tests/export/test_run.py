@@ -41,7 +41,9 @@ def solved(request: pytest.FixtureRequest, root: Path) -> Path:
     return out
 
 
-def test_every_format_that_says_yes_writes_and_reads_back(solved: Path, tmp_path: Path) -> None:
+def test_every_format_that_fits_reads_back(solved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settled: set[int] = set()
+    monkeypatch.setattr(run, "to_disk", lambda file: settled.add(file.stat().st_ino))
     answers = can_export(Solved(solved))
     assert [answer.format for answer in answers] == list(FORMATS)
     yes = [answer.format for answer in answers if not answer.refusal]
@@ -50,6 +52,8 @@ def test_every_format_that_says_yes_writes_and_reads_back(solved: Path, tmp_path
         assert item.path == tmp_path / item.format and item.linears == 14
         assert item.deviation == 0 or not next(a for a in answers if a.format == item.format).exact
         assert manifest.check(item.path) == []
+        written = [file.stat() for file in item.path.rglob("*") if file.is_file()]
+        assert {file.st_ino for file in written} <= settled and len({file.st_mode for file in written}) == 1
         assert not list(tmp_path.glob("*.part"))
     for answer in answers:
         if answer.refusal:

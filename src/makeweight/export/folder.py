@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -21,7 +20,7 @@ from makeweight.errors import UserError
 from makeweight.export import manifest
 from makeweight.export.claim import Claimant, check
 from makeweight.models.shards import INDEX, first_line
-from makeweight.paths import MARKER, RECIPE, expanded, locked, read_json, to_disk
+from makeweight.paths import MARKER, RECIPE, expanded, locked, read_json, settle
 
 REPORTS = "blocks.json"
 UNSEALED = ".manifest.json"
@@ -100,7 +99,7 @@ class Folder:
         save_tensors(tensors, part, {"format": "pt"})
         if verify is not None:
             verify(load_file(part))
-        _settle(part, self.shard(index))
+        settle(part, self.shard(index))
 
     def _reports(self) -> dict[str, Any]:
         return read_json(self.path / REPORTS) or {}
@@ -153,7 +152,7 @@ class Folder:
         """Keep tensors under a name until tuning is finished; the file appears whole or not at all."""
         part = self.path / f"{name}.part"
         save_tensors(tensors, part)
-        _settle(part, self.path / name)
+        settle(part, self.path / name)
 
     def begin_refining(self) -> None:
         """Note that shards are about to take what was learned of the whole network."""
@@ -209,7 +208,7 @@ class Folder:
         """Write a text file; it appears whole or not at all."""
         part = self.path / f"{name}.part"
         part.write_text(text, encoding="utf-8")
-        _settle(part, self.path / name)
+        settle(part, self.path / name)
 
     def _write_json(self, name: str, value: Mapping[str, Any]) -> None:
         self.write_text(name, json.dumps(value, indent=2, sort_keys=True) + "\n")
@@ -258,17 +257,4 @@ def copy_files(files: Iterable[Path], root: Path, folder: Path) -> None:
         target.parent.mkdir(exist_ok=True)
         part = target.with_name(f"{target.name}.part")
         shutil.copyfile(file, part)
-        _settle(part, target)
-
-
-def _settle(part: Path, final: Path) -> None:
-    """Bring a file to the disk, then to its name: after a power cut it is whole or absent."""
-    to_disk(part)
-    part.chmod(0o666 & ~_umask())  # safetensors makes its files private
-    part.replace(final)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+        settle(part, target)

@@ -14,6 +14,7 @@ from makeweight.export.base import Format
 from makeweight.export.folder import copy_files, save_tensors
 from makeweight.models.shards import INDEX, Shards
 from makeweight.numerics.qtensor import QTensor
+from makeweight.paths import settle
 
 if TYPE_CHECKING:
     from makeweight.export.solved import Solved
@@ -94,14 +95,13 @@ class ShardWriter:
         weight_map: dict[str, str] = {}
         for index, names in enumerate(self.written):
             final = "model.safetensors" if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"
-            self._part(index).replace(self.folder / final)
+            settle(self._part(index), self.folder / final)
             weight_map |= dict.fromkeys(names, final)
         if count > 1:
             write_json(self.folder / INDEX, {"metadata": {"total_size": self.total}, "weight_map": weight_map})
 
     def _flush(self) -> None:
         save_tensors(self.waiting, self._part(len(self.written)), {"format": "pt"})
-        self._part(len(self.written)).chmod(0o644)  # safetensors makes its files private
         self.total += sum(tensor.nbytes for tensor in self.waiting.values())
         self.written.append(list(self.waiting))
         self.waiting = {}

@@ -19,7 +19,7 @@ from makeweight.export.formats import FORMATS
 from makeweight.export.hf import write_json
 from makeweight.export.manifest import tensor_hash
 from makeweight.export.solved import Solved
-from makeweight.paths import expanded
+from makeweight.paths import expanded, to_disk
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,6 +193,8 @@ def _filled(form: Format, solved: Solved, part: Path, target: Path) -> Exported:
     note = {name: value for name, value in asdict(done).items() if name != "path"}
     write_json(part / NOTE, {**note, "solved": solved.identity, "beside": solved.beside})
     (part / manifest.NAME).write_text(manifest.build(part), encoding="utf-8")
+    for file in filter(Path.is_file, part.rglob("*")):
+        to_disk(file)  # before the folder gets its name
     return done
 
 
