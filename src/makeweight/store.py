@@ -45,8 +45,8 @@ class Store:
             tensors |= compressed_tensors.pack(stored.removesuffix(".weight"), tensor)
 
         def verify(written: Mapping[str, Tensor]) -> None:
-            for name, (linear, parts) in self._parts(index, written).items():
-                weight = packed.decode(parts, (self.scheme.bits,), linear).to(self.dtype)
+            for name, (_, parts) in self._parts(index, written).items():
+                weight = compressed_tensors.unpack(parts, self.scheme.bits).to(self.dtype)
                 if not torch.equal(weight, codes[name].dequantize(self.dtype)):
                     raise RuntimeError(f"{name} of block {index} reads back differently in {self.folder.path}")
 

@@ -7,16 +7,19 @@ import math
 import pytest
 import torch
 from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.compressors.pack_quantized import helpers
 from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus, QuantizationStrategy
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from makeweight.export import compressed_tensors
 from makeweight.export.compressed_tensors import pack, quantization_config
 from makeweight.models import packed
 from makeweight.numerics.qtensor import QTensor
 from makeweight.numerics.scheme import Scheme
 
+packer, unpacker = helpers.pack_to_int32, helpers.unpack_from_int32
 SCHEMES = [
     Scheme(bits=bits, group_size=group, symmetric=symmetric)
     for bits in range(2, 9)
@@ -79,6 +82,7 @@ def test_codes_come_back(tensor: QTensor) -> None:
         assert local["weight_zero_point"].T.tolist() == by_hand(tensor.zero_OG.T, scheme.bits)
 
     assert torch.equal(packed.decode(local, (scheme.bits,), "a.b"), tensor.dequantize(torch.float32))
+    assert torch.equal(compressed_tensors.unpack(local, scheme.bits), tensor.dequantize(torch.float32))
     group = tensor.codes_OI.shape[1] // tensor.scale_OG.shape[1]
     zero = 0 if tensor.zero_OG is None else tensor.zero_OG.int().repeat_interleave(group, 1)
     counted = packed.decode({**local, "weight_scale": torch.ones_like(tensor.scale_OG)}, (scheme.bits,), "a.b")
@@ -138,3 +142,16 @@ def test_codes_that_are_not_contiguous() -> None:
     )
     ours, other = pack("w", tensor), pack("w", turned)
     assert all(torch.equal(ours[name], other[name]) for name in ours)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_what_is_packed_is_read_back_by_its_layout(scheme: Scheme, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not by the reader that belongs to the packer: the two could be wrong alike."""
+    tensor = a_tensor(scheme, 5, 48, scale_dtype=torch.bfloat16)
+    parts = {name.removeprefix("w."): part for name, part in pack("w", tensor).items()}
+    assert torch.equal(compressed_tensors.unpack(parts, scheme.bits), tensor.dequantize(torch.float32))
+    monkeypatch.setattr(helpers, "pack_to_int32", lambda *args, **options: packer(*args, **options) ^ 1)
+    monkeypatch.setattr(helpers, "unpack_from_int32", lambda words, *args: unpacker(words ^ 1, *args))
+    parts = {name.removeprefix("w."): part for name, part in pack("w", tensor).items()}
+    assert torch.equal(packed.decode(parts, (scheme.bits,), "w"), tensor.dequantize(torch.float32))
+    assert not torch.equal(compressed_tensors.unpack(parts, scheme.bits), tensor.dequantize(torch.float32))

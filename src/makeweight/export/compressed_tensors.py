@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from makeweight.export.base import Facts
+from makeweight.export.gptq import from_words
 from makeweight.export.hf import HfFormat
 from makeweight.models import packed
 from makeweight.numerics.qtensor import QTensor
@@ -52,6 +53,22 @@ def pack(name: str, tensor: QTensor) -> dict[str, Tensor]:
     if tensor.zero_OG is not None:
         parts[f"{name}.weight_zero_point"] = pack_to_int32(tensor.zero_OG, bits, packed_dim=0).contiguous()
     return parts
+
+
+def unpack(parts: Mapping[str, Tensor], bits: int) -> Tensor:
+    """Return the weight (O, I), float32, that stored tensors stand for, read by their layout and not by who packed."""
+    scale_OG = parts["weight_scale"].float()
+    height, width = (int(size) for size in parts["weight_shape"]) if "weight_shape" in parts else parts["weight"].shape
+    group_I = torch.arange(width) // (width // scale_OG.shape[1])
+    code_OI = parts["weight"].float() if "weight" in parts else _signed(parts["weight_packed"], bits, width)
+    if "weight_zero_point" in parts:
+        code_OI -= _signed(parts["weight_zero_point"].T, bits, height).T[:, group_I]
+    return code_OI * scale_OG[:, group_I]
+
+
+def _signed(words: Tensor, bits: int, count: int) -> Tensor:
+    """Return the integers of each row of words, counted from the middle of their range, float32."""
+    return from_words(words, bits)[:, :count].float() - 2 ** (bits - 1)
 
 
 def quantization_config(scheme: Scheme, ignore: Sequence[str]) -> dict[str, Any]:
@@ -103,7 +120,7 @@ class CompressedTensors(HfFormat):
             vllm = "vLLM 0.32, CPU too"
         else:
             vllm = f"vLLM where its GPU kernels take {scheme.bits} bits; 0.32 has none for a CPU"
-        return ("transformers 5.3 with compressed-tensors 0.18", vllm)
+        return ("transformers 5.6 with compressed-tensors 0.20", vllm)
 
     def refusal(self, facts: Facts) -> str | None:  # noqa: D102
         return None
@@ -112,7 +129,7 @@ class CompressedTensors(HfFormat):
         return {name.removeprefix("."): part for name, part in pack("", tensor).items()}
 
     def unpack(self, stored: Mapping[str, Tensor], solved: Solved) -> Tensor:  # noqa: D102
-        return packed.decode(stored, (solved.scheme.bits,), "a linear")
+        return unpack(stored, solved.scheme.bits)
 
     def quantization_config(self, solved: Solved) -> dict[str, Any]:  # noqa: D102
         return quantization_config(solved.scheme, solved.ignore)

@@ -67,9 +67,13 @@ def to_words(values_NO: Tensor, bits: int) -> Tensor:
 
 
 def from_words(words: Tensor, bits: int) -> Tensor:
-    """Read each row of int32 words as one stream of bits, lowest first, and return its integers, (rows, N) uint8."""
+    """Read each row of int32 words as one stream of bits, lowest first, and return its integers, (rows, N) uint8.
+
+    What is left of the last word, too short for another integer, does not count.
+    """
     octets = words.contiguous().numpy().astype("<i4").view(np.uint8)
-    stream = np.unpackbits(octets, axis=1, bitorder="little").reshape(len(octets), -1, bits)
+    count = 8 * octets.shape[1] // bits
+    stream = np.unpackbits(octets, axis=1, bitorder="little", count=count * bits).reshape(len(octets), count, bits)
     return torch.from_numpy(stream @ (1 << np.arange(bits, dtype=np.uint8)))
 
 
