@@ -175,7 +175,10 @@ def test_only_the_chosen_blocks_change(llama: Path, tmp_path: Path, text: Path) 
 
 
 def test_the_largest_seed(llama: Path, tmp_path: Path, text: Path) -> None:
-    quantize(small(llama, tmp_path / "out", text, method="lwc", seed=2**63 - 1, eval=NOT_MEASURED))
+    largest = small(llama, tmp_path / "out", text, method="lwc", seed=2**63 - 1, eval=NOT_MEASURED)
+    digests = [quantize(replace(largest, out=str(tmp_path / name))).digest for name in "ab"]
+    other = quantize(replace(largest, out=str(tmp_path / "c"), seed=2**63 - 2)).digest
+    assert digests[0] == digests[1] != other
 
 
 def test_a_rate_of_zero_learns_nothing(llama: Path, tmp_path: Path, text: Path) -> None:

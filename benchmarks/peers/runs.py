@@ -110,7 +110,10 @@ def note_on(name: str) -> str:
     last = compose(effort.method, options=effort.options).finetune
     then = "" if last is None else f", then {last.steps} of {last.batch_size} for the whole network"
     more = f", on {effort.written} more samples that the model wrote itself" if effort.written else ""
-    return f"`{effort.method}`, {effort.steps} steps of {effort.batch_size} samples for each block{then}{more}"
+    settings = {f"{of}.{name}": value for of, given in effort.options.items() for name, value in given.items()}
+    rest = ", ".join(f"`{name}={value:g}`" for name, value in settings.items() if name != "e2e.steps")
+    how = f" ({rest})" if rest else ""
+    return f"`{effort.method}`{how}, {effort.steps} steps of {effort.batch_size} samples for each block{then}{more}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -119,7 +119,13 @@ def _changed(cells: Mapping[str, Mapping[str, Any]]) -> list[str]:
         if names := cell.get("grid", {}).get("also_changed"):
             found, run = runs.setdefault(", ".join(f"`{name}`" for name in names), []), f"`{name.partition('/')[2]}`"
             found += [] if run in found else [run]
-    return [f"- Besides linears, {', '.join(found)} changed {names}." for names, found in runs.items()]
+    lines = [f"- Besides linears, {', '.join(found)} changed {names}." for names, found in runs.items()]
+    raced = {name: cell for name, cell in cells.items() if "setting" in cell and "error" not in cell}
+    silent = {name.partition("/")[2] for name, cell in raced.items() if "also_changed" not in cell.get("grid", {})}
+    if silent:
+        named = ", ".join(f"`{run}`" for run in sorted(silent))
+        lines.append(f"- Of {named} it is not recorded in every setting whether more than linears changed.")
+    return lines
 
 
 def _remarks(cells: Mapping[str, Mapping[str, Any]], order: Sequence[str]) -> list[str]:
@@ -138,11 +144,13 @@ def _remarks(cells: Mapping[str, Mapping[str, Any]], order: Sequence[str]) -> li
 
 
 def _processor(setting: str, cells: Mapping[str, Mapping[str, Any]]) -> str:
-    """Name the processor on which most runs of a setting were made, empty where it is known of none."""
-    named = Counter(
-        cell["processor"] for cell in cells.values() if cell.get("setting") == setting and "processor" in cell
-    )
+    """Name the processor, and its threads, by which most runs of a setting were made, empty where known of none."""
+    named = Counter(_machine(cell) for cell in cells.values() if cell.get("setting") == setting and "processor" in cell)
     return named.most_common(1)[0][0] if named else ""
+
+
+def _machine(cell: Mapping[str, Any]) -> str:
+    return f"{cell['processor']}, {cell['threads']} threads" if "processor" in cell else ""
 
 
 def _untimed(setting: str, cells: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -153,5 +161,5 @@ def _untimed(setting: str, cells: Mapping[str, Mapping[str, Any]]) -> list[str]:
         for name, cell in cells.items()
         if cell.get("setting") == setting
         and "error" not in cell
-        and (cell.get("resumed") or not most or cell.get("processor") != most)
+        and (cell.get("resumed") or not most or _machine(cell) != most)
     ]

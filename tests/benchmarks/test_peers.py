@@ -62,6 +62,9 @@ def test_every_run_ends_after_two_steps_when_shortened() -> None:
         steps = {short.get("iters"), short.get("tune", {}).get("steps")} - {None}
         assert steps <= {2}, name
         assert steps or run.program in ("hqq", "llm-compressor", "gptqmodel"), name
+        if "e2e" in short.get("method", "").split("+"):
+            assert short["options"]["e2e"]["steps"] == 2, name
+        assert short.get("calib", {}).get("written", 0) <= 2, name
 
 
 def test_what_is_there_is_not_run_again(tmp_path: Path) -> None:
@@ -176,8 +179,11 @@ def test_the_second_half_of_a_text_begins_with_a_line(tmp_path: Path) -> None:
 
 def test_a_process_is_measured_and_its_last_words_kept(tmp_path: Path) -> None:
     log, env = tmp_path / "log", child.environment(1)
-    used = child.run([sys.executable, "-c", "print(sum(range(10**6)))"], cwd=tmp_path, log=log, env=env)
-    assert used.wall_seconds >= 0 and used.cpu_seconds >= 0 and 1 <= used.peak_memory_mb < 10_000
+    used = child.run([sys.executable, "-c", "import time; time.sleep(1)"], cwd=tmp_path, log=log, env=env)
+    assert used.wall_seconds >= 1 > used.cpu_seconds and 1 <= used.peak_memory_mb < 10_000
+    busy = "import time; full = bytearray(200_000_000)\nwhile time.process_time() < 1: pass"
+    used = child.run([sys.executable, "-c", busy], cwd=tmp_path, log=log, env=env)
+    assert used.cpu_seconds >= 1 and 200 <= used.peak_memory_mb < 10_000
     broken = "print('10 %\\r20 %\\rdone'); raise SystemExit('no such grid')"
     with pytest.raises(BrokenRunError, match=r"exit code 1\ndone\nno such grid"):
         child.run([sys.executable, "-u", "-c", broken], cwd=tmp_path, log=log, env=env)
@@ -225,12 +231,15 @@ def test_minutes_are_of_one_processor() -> None:
         "grid": {"also_changed": ["norm.weight"]},
     }
     said = markdown(cells)
-    assert "- Minutes at W2A16g64 are of fast." in said and "- `hqq`: its note." in said
-    assert "- Besides linears, `hqq` changed `norm.weight`." in said
+    assert "- Minutes at W2A16g64 are of fast, 2 threads." in said and "- `hqq`: its note." in said
+    assert "- Besides linears, `hqq` changed `norm.weight`.\n- Of `lwc` it is not recorded" in said
     assert "Minutes of `lwc` at W2A16g64 left out: of another or an unknown processor, or" in said
     assert "| 0.000 | - | - | - | - | 1.2 |" in said and "| 0.000 | - | - | 1.5 | 2.5 | 1.2 |" in said
     cells["W2A16g64/lwc"]["processor"] = "fast"
     assert "left out" not in markdown(cells)
+    cells["W2A16g64/lwc"] |= {"threads": 4, "grid": {"also_changed": []}}
+    assert "Minutes of `lwc` at W2A16g64 left out" in markdown(cells) and "recorded" not in markdown(cells)
+    cells["W2A16g64/lwc"]["threads"] = 2
     cells["W2A16g64/rtn"] = {**shared, "processor": "slow"}
     assert "Minutes of `rtn` at W2A16g64 left out" in markdown(cells)
     cells["W2A16g64/lwc"]["resumed"] = True
