@@ -109,7 +109,7 @@ class Gptq(HfFormat):
     def loads(self, facts: Facts) -> tuple[str, ...]:  # noqa: D102
         if facts.scheme.symmetric and facts.scheme.bits == 4:
             return ("vLLM 0.32, CPU too", "GPTQModel")
-        return ("GPTQModel", "vLLM on a GPU since pull request 26092; not 0.32 on a CPU")
+        return ("GPTQModel", "vLLM on a GPU since pull request 26092, with --dtype float16; not 0.32 on a CPU")
 
     def refusal(self, facts: Facts) -> str | None:  # noqa: D102
         if facts.scheme.bits not in BITS:
