@@ -186,6 +186,16 @@ def test_refusals(opened: FakeCheckpoint, options: dict[str, Any], words: str) -
         room.evaluate("model", **({"seqlen": TOKENS, "device": "cpu"} | options))
 
 
+def test_a_model_that_is_no_chain_of_blocks_is_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise UserError("it changes the hidden states between its blocks.")
+
+    folder, text = tiny_folder("llama", tmp_path / "model"), a_text(tmp_path / "text.txt")
+    monkeypatch.setattr(room, "check_replay", refuse)
+    with pytest.raises(UserError, match="between its blocks"):
+        room.evaluate(str(folder), datasets=[str(text)], seqlen=32, windows=1)
+
+
 def test_eight_bit_activations_are_rounded_as_the_runtime_will(tmp_path: Path) -> None:
     model, text = tiny_folder("llama", tmp_path / "model"), a_text(tmp_path / "words.txt")
     quantize(small(model, tmp_path / "out", text, method="rtn", scheme=Scheme.parse("W8A8"), blocks=(0, 2)))

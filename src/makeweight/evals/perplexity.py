@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from makeweight.calib.capture import find_device
+from makeweight.calib.capture import check_replay, find_device
 from makeweight.calib.data import behind, check_tokens, evaluation_texts
 from makeweight.errors import UserError
 from makeweight.evals.predictions import Predictions, Progress, predict
@@ -94,6 +94,7 @@ class Texts:
             raise UserError("no data set to evaluate on: name at least one, such as wikitext2.")
         texts = evaluation_texts(tokenizer, self.datasets, seqlen=self.seqlen, windows=self.windows)
         check_tokens(ckpt, *texts)
+        check_replay(ckpt.skeleton(), ckpt.spec.blocks)
         windows_NT = behind(ckpt.start_token(tokenizer), torch.cat(texts))
         return Opened(ckpt=ckpt, windows_NT=windows_NT, counts=[len(text) for text in texts])
 
