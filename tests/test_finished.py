@@ -23,7 +23,7 @@ from makeweight.job import Job
 from makeweight.models.checkpoint import Checkpoint
 from makeweight.models.load import open_checkpoint
 from makeweight.numerics.scheme import ScaleDtype, Scheme
-from makeweight.pipeline import quantize
+from makeweight.pipeline import preflight, quantize
 from makeweight.recipe import Calib, Eval, Recipe, Tune
 from makeweight.report.record import Record
 from tests.runs import small
@@ -38,7 +38,13 @@ def test_a_finished_run_needs_no_room(llama: Path, text: Path, tmp_path: Path, m
     done, before = quantize(recipe), stamps(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     assert quantize(recipe) == done
+    assert preflight(recipe) == f"{tmp_path / 'out'} has all that was asked for: nothing is left to do."
     assert stamps(tmp_path) == before, "nothing is written again, formats and manifests no more than weights"
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**12))
+    measured = replace(recipe, eval=replace(NOT_MEASURED, datasets=(str(text),)))
+    for more in (replace(recipe, formats=("gptq", "dense")), measured):
+        assert "All blocks are solved: what is left will take" in preflight(more)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(UserError, match="free some space"):
         quantize(replace(recipe, formats=("gptq", "dense")))
     with pytest.raises(UserError, match="free some space"):

@@ -65,7 +65,11 @@ def _threads(folder: Folder) -> Iterator[None]:
 
 def preflight(recipe: Recipe) -> str:
     """Check everything that `quantize` checks, and say what the run would take."""
-    return Job.prepare(recipe).outlook()
+    job = Job.prepare(recipe)
+    folder = job.folder()
+    if folder.done and not job.unwritten().formats and Run(job, folder).known() is not None:
+        return f"{folder.path} has all that was asked for: nothing is left to do."
+    return job.outlook()
 
 
 @dataclass(frozen=True)
