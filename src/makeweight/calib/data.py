@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from makeweight.calib.named import HUB, NAMES, Split, first_line, read_named, usual_part
-from makeweight.errors import UserError, did_you_mean
+from makeweight.calib.named import HUB, NAMES, Split, read_named, usual_part
+from makeweight.errors import UserError, did_you_mean, first_line
 from makeweight.paths import expanded
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from makeweight.errors import UserError, did_you_mean
+from makeweight.errors import UserError, did_you_mean, first_line
 
 Split = Literal["train", "test"]
 """What the text is for: "train" calibrates; "test" is the part held out, whatever name the source gives it."""
@@ -123,12 +123,6 @@ def _download(name: str, part: str) -> list[str]:
             f"{name}:{part} could not be fetched ({first_line(error)}): check the network, "
             f"or give {_LOCAL}, which needs none."
         ) from error
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's text, short enough to stand inside one sentence."""
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__).rstrip(".")[:160]
 
 
 def _python_docs(part: str) -> list[str]:

@@ -94,13 +94,13 @@ class Texts:
             raise UserError("no data set to evaluate on: name at least one, such as wikitext2.")
         texts = evaluation_texts(tokenizer, self.datasets, seqlen=self.seqlen, windows=self.windows)
         check_tokens(ckpt, *texts)
-        check_replay(ckpt.skeleton(), ckpt.spec.blocks)
         windows_NT = behind(ckpt.start_token(tokenizer), torch.cat(texts))
         return Opened(ckpt=ckpt, windows_NT=windows_NT, counts=[len(text) for text in texts])
 
     def read(self, opened: Opened, progress: Progress | None = None) -> tuple[Predictions, list[int], float]:
         """Return a model's predictions, how many windows each text has, and the seconds that it took."""
         device, batch, ckpt = find_device(self.device), max(1, BATCH_TOKENS // self.seqlen), opened.ckpt
+        check_replay(ckpt.skeleton(), ckpt.spec.blocks)
         start, dtype = time.perf_counter(), self.dtype or fast_dtype(ckpt.dtype, device)
         found = predict(ckpt, opened.windows_NT, dtype=dtype, device=device, batch=batch, progress=progress)
         return found, opened.counts, time.perf_counter() - start

@@ -16,10 +16,10 @@ from typing import Any
 
 from torch import Tensor
 
-from makeweight.errors import UserError
+from makeweight.errors import UserError, first_line
 from makeweight.export import manifest
 from makeweight.export.claim import Claimant, check
-from makeweight.models.shards import INDEX, first_line
+from makeweight.models.shards import INDEX
 from makeweight.paths import MARKER, RECIPE, expanded, locked, read_json, settle
 
 REPORTS = "blocks.json"

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from makeweight.errors import UserError
-from makeweight.models.shards import first_line
+from makeweight.errors import UserError, first_line
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 """Of these a repository holds one model's; GGUF files of several models may lie side by side."""

@@ -25,7 +25,7 @@ from makeweight.export.base import Facts, Format
 from makeweight.export.folder import copy_files
 from makeweight.export.hf import write_json
 from makeweight.export.onnx_graph import CODES, COS, SCALES, SIN, ZEROS, Layout
-from makeweight.models.shards import read_json
+from makeweight.models.shards import required_json
 from makeweight.models.spec import HeadShape
 from makeweight.numerics.qtensor import QTensor
 from makeweight.numerics.scheme import Scheme
@@ -231,7 +231,7 @@ def _config(raw: Any) -> PretrainedConfig:
 def genai_config(config: PretrainedConfig, folder: Path) -> dict[str, Any]:
     """Return what onnxruntime-genai reads besides the model; generation_config.json goes before config.json."""
     file = folder / "generation_config.json"
-    said = {**config.to_dict(), **(read_json(file) if file.is_file() else {})}
+    said = {**config.to_dict(), **(required_json(file) if file.is_file() else {})}
     heads = HeadShape.of(config)
     decoder = {
         "filename": MODEL,

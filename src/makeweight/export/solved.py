@@ -18,7 +18,7 @@ from makeweight.export.base import Facts
 from makeweight.export.folder import OWN
 from makeweight.models import packed
 from makeweight.models.checkpoint import TEMPLATES
-from makeweight.models.shards import Shards, read_json
+from makeweight.models.shards import Shards, required_json
 from makeweight.numerics.qtensor import QTensor
 from makeweight.numerics.scheme import Scheme
 from makeweight.paths import MARKER, RECIPE, check_finished, expanded
@@ -44,7 +44,7 @@ class Solved:
         self.path = expanded(path)
         if not (self.path / MARKER).is_file():
             raise UserError(f"{self.path} is not a folder that `makeweight quantize` wrote: give its --out folder.")
-        marker = read_json(self.path / MARKER)
+        marker = required_json(self.path / MARKER)
         self.identity = str(marker.get("identity"))
         check_finished(self.path)
         self._check_weights()
@@ -62,7 +62,7 @@ class Solved:
     @cached_property
     def config(self) -> dict[str, Any]:
         """The model's config.json without the quantization."""
-        config = read_json(self.path / "config.json")
+        config = required_json(self.path / "config.json")
         config.pop("quantization_config", None)
         return config
 
@@ -77,7 +77,7 @@ class Solved:
     @cached_property
     def ignore(self) -> tuple[str, ...]:
         """The linears that were not quantized."""
-        described = read_json(self.path / "config.json").get("quantization_config")
+        described = required_json(self.path / "config.json").get("quantization_config")
         if not isinstance(described, dict) or "ignore" not in described:
             raise UserError(f"{self.path}/config.json has lost its quantization_config: {REPAIR}")
         return tuple(described["ignore"])

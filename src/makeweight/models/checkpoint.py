@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from makeweight.errors import UserError
+from makeweight.errors import UserError, first_line
 from makeweight.models import packed
 from makeweight.models.registry import empty_model, spec_for
-from makeweight.models.shards import PICKLES, Shards, first_line
+from makeweight.models.shards import PICKLES, Shards
 from makeweight.models.spec import ModelSpec
 
 if TYPE_CHECKING:

@@ -17,10 +17,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from makeweight.errors import UserError
+from makeweight.errors import UserError, first_line
 from makeweight.models.gguf_rope import UnknownScaling, rope_parameters
 from makeweight.models.registry import empty_model, spec_for
-from makeweight.models.shards import first_line
 from makeweight.paths import expanded, locked, to_disk
 
 if TYPE_CHECKING:

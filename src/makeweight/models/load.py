@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from makeweight.errors import UserError
+from makeweight.errors import UserError, first_line
 from makeweight.models import gguf, packed
 from makeweight.models.checkpoint import TEMPLATES, Checkpoint
-from makeweight.models.shards import first_line, read_json
+from makeweight.models.shards import required_json
 from makeweight.paths import check_finished, expanded
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def open_checkpoint(model: str | Path, *, trust_remote_code: bool = False) -> Ch
         raise UserError(f"{path} has no config.json: give a Hugging Face model folder, a hub name or a .gguf file.")
     if (path / "adapter_config.json").is_file():
         raise UserError(f"{path} holds an adapter beside its model: merge it first, or move adapter_config.json away.")
-    raw = read_json(path / "config.json")
+    raw = required_json(path / "config.json")
     quantization = raw.get("quantization_config") or {}
     try:
         bits = packed.declared_bits(quantization, str(path)) if quantization else ()

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from makeweight import models
-from makeweight.errors import UserError
-from makeweight.models.shards import first_line
+from makeweight.errors import UserError, first_line
 from makeweight.models.spec import ModelSpec
 
 if TYPE_CHECKING:

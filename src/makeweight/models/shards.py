@@ -99,15 +99,7 @@ class Shards:
         return total.hexdigest()
 
 
-def first_line(error: BaseException) -> str:
-    """Return what fits into a sentence of an error's text: its first line, the next one too where that says more."""
-    lines = [line.strip() for line in str(error).strip().split("\n")]
-    text = " ".join(lines[:2] if lines[0].endswith(":") else lines[:1]).rstrip(".:")
-    kind = type(error).__name__
-    return f"{kind} {text}".strip() if isinstance(error, LookupError) or not text else text
-
-
-def read_json(file: Path) -> dict[str, Any]:
+def required_json(file: Path) -> dict[str, Any]:
     """Read a JSON object, or refuse the file in a sentence."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
@@ -123,7 +115,7 @@ def _shard_files(folder: Path) -> list[Path]:
         return [whole]  # before an index, as in transformers; what else lies there is not the model
     index = folder / INDEX
     if index.is_file():
-        weight_map = read_json(index).get("weight_map")
+        weight_map = required_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
             raise UserError(f"{index} has no weight_map: download it again.")
         files = [folder / name for name in sorted(set(weight_map.values()))]
