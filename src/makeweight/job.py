@@ -20,7 +20,7 @@ from makeweight.export.claim import Claimant, check_place, deciding
 from makeweight.export.claim import check as check_owner
 from makeweight.export.folder import Folder
 from makeweight.export.run import check as check_formats
-from makeweight.export.run import target_of
+from makeweight.export.run import known, target_of
 from makeweight.methods.base import Context
 from makeweight.models.checkpoint import Checkpoint
 from makeweight.models.load import open_checkpoint
@@ -96,7 +96,7 @@ class Job:
         run = job.claimant()
         check_owner(recipe.out, run)
         check_formats(expanded(recipe.out), recipe.formats, job.facts(), identity=run.identity)
-        room(plan, job.unwritten(), ckpt, blocks, solved=job.folder().done)
+        room(plan, job.unwritten(), ckpt, blocks, solved=job.folder().done, widths=job.widths())
         return job
 
     @property
@@ -130,6 +130,7 @@ class Job:
             solved=folder.done,
             left=[index for index in self.blocks if folder.report(index + 1) is None],
             tuned=_tuned(self.plan, folder),
+            widths=self.widths(),
         )
 
     @property
@@ -184,6 +185,12 @@ class Job:
                 for name, shape in self.ckpt.linear_shapes(i).items()
             },
         )
+
+    def widths(self) -> dict[str, float]:
+        """Return the bits that a weight takes in those of the recipe's formats that have widths of their own."""
+        facts = self.facts()
+        found = {name: known(name).weight_bits(facts) for name in self.recipe.formats}
+        return {name: bits for name, bits in found.items() if bits is not None}
 
     def claimant(self) -> Claimant:
         """Return the run as its folder knows it."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 DENSE = "dense"
 """The one format that is as large as the original."""
+Widths = Mapping[str, float]
+"""Bits of a weight, scales included, by format: of those that do not take what the scheme says."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +68,7 @@ def estimate(
     solved: bool = False,
     left: Sequence[int] | None = None,
     tuned: float = 0.0,
+    widths: Widths | None = None,
 ) -> Estimate:
     """Estimate a run from shapes, and time from this machine's own matrix-product rates, measured in a moment.
 
@@ -78,18 +81,23 @@ def estimate(
     return Estimate(
         seconds=solving_seconds(plan, recipe, ckpt, shapes, left, device, tuned=tuned),
         memory_bytes=peak_bytes(plan, recipe, ckpt, shapes, blocks, device, windows=windows),
-        disk_bytes=room(plan, recipe, ckpt, blocks, solved=solved),
+        disk_bytes=room(plan, recipe, ckpt, blocks, solved=solved, widths=widths),
         blocks=len(left),
         evaluate_seconds=evaluation_seconds(recipe, ckpt, shapes, windows, device) if windows else 0.0,
         gpu_bytes=0.0 if device.type == "cpu" else gpu_bytes(plan, recipe, ckpt, shapes, blocks, device),
     )
 
 
-def room(plan: Plan, recipe: Recipe, ckpt: Checkpoint, blocks: range, *, solved: bool) -> float:
+def room(
+    plan: Plan, recipe: Recipe, ckpt: Checkpoint, blocks: range, *, solved: bool, widths: Widths | None = None
+) -> float:
     """Return bytes on disk of a run, where `solved` of its formats alone; raises UserError where there are fewer."""
     shapes = {index: list(ckpt.linear_shapes(index).values()) for index in range(ckpt.n_blocks)}
-    result = _disk(recipe, ckpt, shapes, blocks)
-    disk = sum(_plain(ckpt) if name == DENSE else result for name in dict.fromkeys(recipe.formats))
+    result, of = _disk(recipe, ckpt, shapes, blocks), widths or {}
+    disk = sum(
+        _plain(ckpt) if name == DENSE else _disk(recipe, ckpt, shapes, blocks, of.get(name))
+        for name in dict.fromkeys(recipe.formats)
+    )
     if not solved:
         disk += result + (_scratch(plan.finetune, recipe, shapes, blocks) if plan.finetune else 0)
     _check_disk(recipe, disk, solved=solved)
@@ -108,15 +116,22 @@ def _check_disk(recipe: Recipe, disk: float, *, solved: bool) -> None:
         )
 
 
-def _disk(recipe: Recipe, ckpt: Checkpoint, shapes: dict[int, list[tuple[int, int]]], blocks: range) -> float:
-    """Return bytes of the result: what is stored, with the chosen blocks' linears at their new width."""
+def _disk(
+    recipe: Recipe,
+    ckpt: Checkpoint,
+    shapes: dict[int, list[tuple[int, int]]],
+    blocks: range,
+    width: float | None = None,
+) -> float:
+    """Return bytes of the result: what is stored, with the chosen blocks' linears at their new width, or at `width`."""
     scheme = recipe.scheme
     saved = 0.0
     for index in blocks:
         for rows, columns in shapes[index]:
             group = columns if scheme.group_size == -1 else scheme.group_size
             scale = 8 * torch.promote_types(scale_dtype_of(scheme, ckpt.dtype), ckpt.dtype).itemsize  # as it is stored
-            saved += rows * columns * (ckpt.dtype.itemsize - (scheme.bits + (scale + scheme.bits) / group) / 8)
+            bits = scheme.bits + (scale + scheme.bits) / group if width is None else width
+            saved += rows * columns * (ckpt.dtype.itemsize - bits / 8)
     return _plain(ckpt) - saved
 
 

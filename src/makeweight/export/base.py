@@ -71,6 +71,10 @@ class Format(ABC):
     def loads(self, facts: Facts) -> tuple[str, ...]:
         """Return what loads such a model and from which version, and what is known not to."""
 
+    def weight_bits(self, facts: Facts) -> float | None:
+        """Return what a weight of a quantized linear takes on disk, scales included; None: what the scheme says."""
+        return None
+
     def tolerance(self, facts: Facts) -> float:
         """Return how far a weight read back may lie from the solved one, in steps of its scale."""
         return 0.0

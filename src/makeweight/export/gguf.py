@@ -57,6 +57,11 @@ class Gguf(Format):
             reason = gguf_vocab.refusal(facts.folder, model.rows)
         return reason
 
+    def weight_bits(self, facts: Facts) -> float:  # noqa: D102
+        block = gguf_blocks.block_for(facts)
+        assert isinstance(block, Block), block
+        return 8 * block.nbytes / block.size
+
     def tolerance(self, facts: Facts) -> float:  # noqa: D102
         return gguf_blocks.rounding(facts)
 

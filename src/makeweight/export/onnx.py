@@ -188,6 +188,11 @@ class Onnx(Format):
             return "the onnx package is missing, run `pip install onnx`"
         return None
 
+    def weight_bits(self, facts: Facts) -> float:  # noqa: D102
+        bits, group = stored_bits(facts.scheme), facts.scheme.group_size
+        blocks = [block_of(width if group == -1 else group) or SMALLEST for _, width in facts.shapes.values()]
+        return bits + (32 + (0 if facts.scheme.symmetric else bits)) / min(blocks, default=SMALLEST)
+
     def write(self, solved: Solved, folder: Path) -> None:  # noqa: D102
         import onnx
 
