@@ -97,6 +97,21 @@ def test_let_learns_what_outliers_need(family: str) -> None:
     assert sum(report.error_after for report in reports) < 0.8 * sum(report.error_before for report in reports)
 
 
+def test_norms_are_judged_as_they_are_stored() -> None:
+    """In float32, too, though the file holds 16 bits."""
+    case = case_of("llama")
+    block, steps = case.blocks[0], Steps(exact=[Let()], grid=Rtn())
+    chain = Chain.build(block.state(), steps, case.context, rest=rest_of(block), stored=torch.bfloat16)
+    with torch.no_grad():
+        for group in chain.learnables():
+            for parameter in group.params:
+                parameter.normal_(std=0.5)
+    name = "input_layernorm.weight"
+    judged, kept = chain()[name], chain.freeze().rest[name]
+    assert judged.dtype == torch.float32 and judged.requires_grad
+    assert torch.equal(judged, kept.bfloat16().float()) and not torch.equal(judged, kept)
+
+
 def test_only_the_last_linear_of_the_mlp_is_left_out() -> None:
     for family in ("llama", "opt", "phi3", "gemma2"):
         spec = spec_for(tiny_model(family).config)

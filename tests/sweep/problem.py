@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from makeweight.calib.capture import capture
 from makeweight.calib.stream import Stream
 from makeweight.calib.walk import blocks_of
-from makeweight.methods.base import Context, GridStep, MapStep, Params, State
+from makeweight.methods.base import Context, GridStep, MapStep, Params
 from makeweight.methods.grid.clip import Lwc
 from makeweight.numerics.scheme import Scheme
 from makeweight.sweep.block import Block
@@ -22,11 +22,6 @@ from makeweight.sweep.judge import Judge
 from tests.tiny import tiny_model
 
 CPU = torch.device("cpu")
-
-
-def state_of(block: Block) -> State:
-    """Return fp32 copies of the weights to quantize."""
-    return {name: block.module.get_parameter(f"{name}.weight").detach().float().clone() for name in block.linears}
 
 
 @dataclass(frozen=True)
@@ -46,7 +41,7 @@ class Problem:
         def inputs(params: Params) -> Moments:
             return Moments(block, params, self.hidden_NTD, 8, CPU)
 
-        return Chain.build(state_of(block), Steps(maps=steps, grid=grid or Lwc()), self.context, inputs=inputs)
+        return Chain.build(block.state(), Steps(maps=steps, grid=grid or Lwc()), self.context, inputs=inputs)
 
     def judge(self, weights: tuple[float, ...] = (1.0,), index: int = 0) -> Judge:
         return Judge(blocks=self.blocks[index : index + len(weights)], weights=weights, device=CPU)

@@ -14,7 +14,7 @@ from makeweight.methods.weight.sde import Sde
 from makeweight.numerics.qtensor import QTensor
 from makeweight.sweep.block import Block
 from makeweight.sweep.chain import Chain
-from tests.sweep.problem import Problem, problem, state_of
+from tests.sweep.problem import Problem, problem
 
 FAMILIES = ("llama", "llama-tied", "gemma2", "opt", "phi3")
 DTYPES = (torch.float32, torch.bfloat16)
@@ -70,7 +70,7 @@ def test_the_committed_block_is_the_trained_one(family: str, dtype: torch.dtype)
 
 def test_other_weights_do_not_touch_the_module(case: Problem) -> None:
     block, before = case.blocks[0], weights_of(case.blocks[0])
-    state = state_of(block)
+    state = block.state()
     for name, weight in state.items():
         weight.zero_()
         assert block.module.get_parameter(f"{name}.weight").any(), "state() hands out copies"
@@ -81,7 +81,7 @@ def test_other_weights_do_not_touch_the_module(case: Problem) -> None:
 
 def test_the_blocks_own_weights_give_the_blocks_own_output(case: Problem) -> None:
     block = case.blocks[1]
-    assert torch.equal(block(case.hidden_NTD, state_of(block)), block(case.hidden_NTD))
+    assert torch.equal(block(case.hidden_NTD, block.state()), block(case.hidden_NTD))
 
 
 @pytest.mark.parametrize("ahead", [1, 2])
@@ -108,11 +108,11 @@ def test_the_judge_compares_each_block_with_its_own_target(case: Problem) -> Non
     judge = case.judge((1.0, 1.0, 1.0))
     targets = case.stream().targets(judge.blocks)
     with torch.no_grad():
-        exact = judge.errors(state_of(case.blocks[0]), case.hidden_NTD, targets)
+        exact = judge.errors(case.blocks[0].state(), case.hidden_NTD, targets)
         assert all(error.item() < 1e-10 for error in exact)
         off = judge.errors(case.chain(grid=Rtn())(), case.hidden_NTD, targets)
         assert all(error.item() > 1e-4 for error in off)
-        swapped = judge.errors(state_of(case.blocks[0]), case.hidden_NTD, targets[::-1])
+        swapped = judge.errors(case.blocks[0].state(), case.hidden_NTD, targets[::-1])
     assert swapped[1].item() < 1e-10 < swapped[0].item()
 
 
@@ -143,7 +143,7 @@ class Double(MapStep):
 def test_maps_are_built_on_the_weights_that_reach_them(case: Problem) -> None:
     seen: list[State] = []
     chain = case.chain(Double(seen), Double(seen), grid=Rtn())
-    state = state_of(case.blocks[0])
+    state = case.blocks[0].state()
     assert len(seen) == 2
     assert all(torch.equal(seen[k][name], 2**k * state[name]) for k in range(2) for name in state)
     assert all(torch.equal(chain.moved()[0][name], 4 * state[name]) for name in state)
@@ -192,7 +192,7 @@ class Liar(Grid):
 
 
 def test_codes_that_do_not_stand_for_the_weights_are_refused(case: Problem) -> None:
-    state = state_of(case.blocks[0])
+    state = case.blocks[0].state()
     chain = Chain(state, [], Liar(Lwc().build(state, case.context)))
     with pytest.raises(RuntimeError, match=f"the codes of {next(iter(state))} do not stand"):
         chain.freeze()

@@ -7,7 +7,7 @@ import torch
 
 from makeweight.methods.grid.rounding import Rounding, RoundingGrid
 from makeweight.sweep.curvature import curvature
-from tests.sweep.problem import problem, state_of
+from tests.sweep.problem import problem
 
 
 def test_curvature_is_what_single_weights_cost() -> None:
@@ -15,7 +15,7 @@ def test_curvature_is_what_single_weights_cost() -> None:
     setting = problem()
     judge = setting.judge()
     block, targets = judge.blocks[0], setting.stream().targets(judge.blocks)
-    weights = state_of(block)
+    weights = block.state()
     seen = []
     hook = block.module.get_submodule("mlp.down_proj").register_forward_pre_hook(lambda _, given: seen.append(given[0]))
     block(setting.hidden_NTD, weights)
@@ -35,7 +35,7 @@ def test_judged_places_add_up() -> None:
     for weights in ((1.0,), (1.0, 1.0), (1.0, 0.0)):
         judge = setting.judge(weights)
         targets = setting.stream().targets(judge.blocks)
-        state = state_of(judge.blocks[0])
+        state = judge.blocks[0].state()
         found[weights] = curvature(judge, state, setting.hidden_NTD, targets, [torch.arange(16)] * 50, 0)
     for name, (column_O1, row_I) in found[(1.0,)].items():
         alone = (column_O1 * row_I).mean()

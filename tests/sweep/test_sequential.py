@@ -18,7 +18,7 @@ from makeweight.numerics.errors import token_error
 from makeweight.sweep.chain import Chain, Frozen
 from makeweight.sweep.inputs import Moments, shared_inputs
 from makeweight.sweep.sequential import round_in_order
-from tests.sweep.problem import CPU, Problem, problem, state_of
+from tests.sweep.problem import CPU, Problem, problem
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +131,7 @@ def test_a_linear_that_no_token_reaches_is_rounded_to_nearest() -> None:
 def test_what_a_block_does_after_the_last_linear_asked_for_is_left_out(case: Problem) -> None:
     calls: list[int] = []
     handle = case.blocks[0].module.get_submodule("mlp.up_proj").register_forward_pre_hook(lambda *_: calls.append(1))
-    weights = {name: weight_OI.float() for name, weight_OI in state_of(case.blocks[0]).items()}
+    weights = {name: weight_OI.float() for name, weight_OI in case.blocks[0].state().items()}
     alone, all_of_them = (Moments(case.blocks[0], weights, case.hidden_NTD, 5, CPU) for _ in range(2))
     alone.gather([["self_attn.o_proj"]])
     assert not calls

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from makeweight.calib.capture import for_batch, hidden_of, run_block
+from makeweight.methods.base import State
 from makeweight.models.activations import inputs_rounded, round_inputs
 
 
@@ -35,6 +36,10 @@ class Block:
         kwargs = for_batch(self.kwargs, len(hidden_BTD))
         with inputs_rounded(self.module, self.linears, self.activations):
             return hidden_of(functional_call(self.module, self._named(weights), (hidden_BTD,), kwargs))
+
+    def state(self) -> State:
+        """Return fp32 copies of the weights to quantize, as the block holds them."""
+        return {name: self.module.get_submodule(name).weight.detach().float().clone() for name in self.linears}  # pyright: ignore[reportCallIssue,reportAttributeAccessIssue]
 
     def write(self, weights: Mapping[str, Tensor]) -> None:
         """Replace weights, by name of a linear or of a parameter, for good and once."""

@@ -58,14 +58,22 @@ def split(params: Params, linears: Sequence[str]) -> tuple[State, Params]:
 class Chain(nn.Module):
     """Change a block as a whole, fold maps over its weights, then bring them to the grid.
 
-    `rest` holds the other parameters where a step may change them, and is empty where none does.
+    `rest` holds the other parameters where a step may change them, and is empty where none does; `stored` is the dtype
+    that they end in, where it is known, so that what is judged is what is stored.
     """
 
     def __init__(
-        self, state: State, maps: Sequence[Map], grid: Grid, *, rest: Params | None = None, exact: Sequence[Map] = ()
+        self,
+        state: State,
+        maps: Sequence[Map],
+        grid: Grid,
+        *,
+        rest: Params | None = None,
+        exact: Sequence[Map] = (),
+        stored: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.base, self.rest = state, rest or {}
+        self.base, self.rest, self.stored = state, rest or {}, stored
         self.maps, self.exact, self.grid = nn.ModuleList(maps), nn.ModuleList(exact), grid
 
     @classmethod
@@ -76,6 +84,7 @@ class Chain(nn.Module):
         context: Context,
         *,
         rest: Params | None = None,
+        stored: torch.dtype | None = None,
         inputs: Callable[[Params], Inputs] | None = None,
     ) -> Chain:
         """Build every map on what reaches it, at the identity; `state` and `rest` are the block's own, fp32.
@@ -102,7 +111,7 @@ class Chain(nn.Module):
             with torch.no_grad():
                 reached = maps[-1](reached)
         grid = steps.grid.build(reached, seen(steps.grid, params))
-        return cls(base, maps, grid, rest=rest, exact=learned)
+        return cls(base, maps, grid, rest=rest, exact=learned, stored=stored)
 
     def moved(self) -> tuple[State, Params]:
         """Return the weights as the grid receives them and the other parameters, fp32."""
@@ -120,7 +129,8 @@ class Chain(nn.Module):
         """Return what the block is run with, differentiable in all that is learned: quantized weights, and the rest."""
         state, rest = self.moved()
         weights = self.grid(state)
-        return {**weights, **_cast(rest, weights)}
+        dtype = next(iter(weights.values())).dtype
+        return {**weights, **{name: _held(tensor, self.stored).to(dtype) for name, tensor in rest.items()}}
 
     @property
     def quantizer(self) -> Grid:
@@ -161,6 +171,8 @@ class Chain(nn.Module):
             yield part
 
 
-def _cast(rest: Params, weights: Mapping[str, Tensor]) -> Params:
-    dtype = next(iter(weights.values())).dtype
-    return {name: tensor.to(dtype) for name, tensor in rest.items()}
+def _held(tensor: Tensor, stored: torch.dtype | None) -> Tensor:
+    """Round to the values of a dtype, where one is given; gradients pass."""
+    if stored is None:
+        return tensor
+    return tensor + (tensor.detach().to(stored).to(tensor.dtype) - tensor.detach())

@@ -130,7 +130,8 @@ class Sweep:
             return Moments(block, weights, self.stream.quantized_NTD, solver.tune.batch_size, self.device)
 
         rest = own if solver.steps.exact else {}
-        return Chain.build(state, solver.steps, solver.context, rest=rest, inputs=inputs).to(self.device)
+        chain = Chain.build(state, solver.steps, solver.context, rest=rest, stored=self.ckpt.dtype, inputs=inputs)
+        return chain.to(self.device)
 
     def _freeze(self, block: Block, chain: Chain, fit: Fit, nearest: float) -> tuple[Frozen, dict[str, float]]:
         """Return what was learned, rounded by the step that rounds, where it is one of its own, and its errors.
