@@ -111,7 +111,7 @@ def note_on(name: str) -> str:
     then = "" if last is None else f", then {last.steps} of {last.batch_size} for the whole network"
     more = f", on {effort.written} more samples that the model wrote itself" if effort.written else ""
     settings = {f"{of}.{name}": value for of, given in effort.options.items() for name, value in given.items()}
-    rest = ", ".join(f"`{name}={value:g}`" for name, value in settings.items() if name != "e2e.steps")
+    rest = ", ".join(f"`{name}={value}`" for name, value in settings.items() if name != "e2e.steps")
     how = f" ({rest})" if rest else ""
     return f"`{effort.method}`{how}, {effort.steps} steps of {effort.batch_size} samples for each block{then}{more}"
 

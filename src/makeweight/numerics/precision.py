@@ -1,8 +1,9 @@
-"""Which dtype a device multiplies matrices in: a narrow one only where it has units for it."""
+"""Which dtype a device multiplies matrices in: a narrow one only where it has units for it; and rounding to one."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 
 def fast_dtype(wanted: torch.dtype, device: torch.device | str) -> torch.dtype:
@@ -42,3 +43,8 @@ def _multiplies(dtype: torch.dtype, device: torch.device) -> bool:
 def name_of(dtype: torch.dtype) -> str:
     """Return a dtype's name as recipes write it."""
     return str(dtype).removeprefix("torch.")
+
+
+def as_stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round to the values of a dtype, in the tensor's own; gradients pass."""
+    return tensor + (tensor.to(dtype).to(tensor.dtype) - tensor).detach()

@@ -21,6 +21,7 @@ from makeweight.methods.base import (
     State,
     Step,
 )
+from makeweight.numerics.precision import as_stored
 from makeweight.numerics.qtensor import QTensor
 
 
@@ -130,7 +131,9 @@ class Chain(nn.Module):
         state, rest = self.moved()
         weights = self.grid(state)
         dtype = next(iter(weights.values())).dtype
-        return {**weights, **{name: _held(tensor, self.stored).to(dtype) for name, tensor in rest.items()}}
+        if self.stored is not None:
+            rest = {name: as_stored(tensor, self.stored) for name, tensor in rest.items()}
+        return {**weights, **{name: tensor.to(dtype) for name, tensor in rest.items()}}
 
     @property
     def quantizer(self) -> Grid:
@@ -169,10 +172,3 @@ class Chain(nn.Module):
         for part in (*self.maps, *self.exact, self.grid):
             assert isinstance(part, Map)
             yield part
-
-
-def _held(tensor: Tensor, stored: torch.dtype | None) -> Tensor:
-    """Round to the values of a dtype, where one is given; gradients pass."""
-    if stored is None:
-        return tensor
-    return tensor + (tensor.detach().to(stored).to(tensor.dtype) - tensor.detach())

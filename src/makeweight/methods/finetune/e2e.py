@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from makeweight.errors import UserError
 from makeweight.methods.base import Context, FinetuneStep, Learnables, Params, Refinement, Target
 from makeweight.numerics.grid import grouped
+from makeweight.numerics.precision import as_stored
 from makeweight.numerics.qtensor import QTensor
 from makeweight.numerics.stepgrid import moved_codes, moving_grid, stored
 
@@ -89,13 +90,9 @@ class Scales(Refinement):
 
     def forward(self) -> dict[str, Tensor]:  # noqa: D102
         weights = {name: self._weight(name) for name in self.codes}
-        rest = {**self.rest, **{name: self._norm(name) for name in self.learned}}
+        norms = {name: as_stored(self.norms[self.names[name]], self.rest[name].dtype) for name in self.learned}
+        rest = {**self.rest, **norms}
         return {**weights, **{name: tensor.to(self.context.dtype) for name, tensor in rest.items()}}
-
-    def _norm(self, name: str) -> Tensor:
-        """Return a norm's weight as it is stored, fp32; gradients pass."""
-        norm = self.norms[self.names[name]]
-        return norm + (norm.to(self.rest[name].dtype).float() - norm).detach()
 
     def _weight(self, name: str) -> Tensor:
         held, scale_OG = self.codes[name], self.scales(name)
